@@ -1,0 +1,473 @@
+"""All that the model sees: scenes, their renderings, proxy targets, captions, questions and text tokens.
+
+A scene holds 1-4 objects (shape, colour, position, depth) on a textured grey background. Everything is
+exact and free: the class, instance and depth of each pixel, and questions whose answers are known.
+Scenes are a pure function of (seed, split, index): nothing is stored, and train, val and test never meet.
+Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the top left corner.
+"""
+import math
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
+COLOURS = {'red': (.90, .12, .12), 'green': (.12, .68, .20), 'blue': (.12, .28, .95),
+           'yellow': (.96, .86, .10), 'purple': (.72, .18, .85), 'cyan': (.10, .82, .85)}
+CLASSES = ('background',) + SHAPES
+# The one statement of the segmentation palette: row = class. Corners of the RGB cube are as far apart as
+# six colours can be, and the map from class to colour is fixed, so there is a single right answer.
+PALETTE = torch.tensor([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)])
+CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # one object at most in each: reading order
+NUMBERS = ('zero', 'one', 'two', 'three', 'four')
+CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4, 'depth': 1 / 2,
+          'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
+VISUAL = tuple(CHANCE)         # types of question that need the picture
+REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
+MAX_OBJECTS = 4
+NEAR, FAR = .235, .145         # radius of the nearest and of the farthest object
+SPLITS = ('train', 'val', 'test')
+
+
+class UserError(Exception):
+    """What a user got wrong: what, which value, how to fix it. Shown as one line, exit status 2."""
+
+
+def guard(main):
+    """Run a command line: a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
+
+
+def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
+    """A random source of its own for every (seed, split, index): the splits cannot overlap."""
+    key = (seed % 2**20 * len(SPLITS) + SPLITS.index(split)) * 2**32 + index
+    return torch.Generator(device).manual_seed(key)
+
+
+# ----------------------------------------------------------------------------------------------------
+# scenes and their renderings
+
+@dataclass
+class Scenes:
+    """B scenes as tensors; slots are in reading order, slots >= n are empty."""
+    n: torch.Tensor            # [B] number of objects, 1..4
+    shape: torch.Tensor        # [B, 4] index into SHAPES
+    colour: torch.Tensor       # [B, 4] index into COLOURS
+    cell: torch.Tensor         # [B, 4] index into CELLS
+    xy: torch.Tensor           # [B, 4, 2] centres
+    z: torch.Tensor            # [B, 4] depth, 0 near .. 1 far
+    theme: torch.Tensor        # [B] attribute that may be counted: 0-4 shape, 5-10 colour, -1 none
+
+    def to(self, device):
+        return Scenes(*(t.to(device) for t in vars(self).values()))
+
+    @property
+    def radius(self):
+        return NEAR + (FAR - NEAR) * self.z
+
+
+class Object(NamedTuple):
+    """One object of one scene, for the text functions."""
+    shape: str
+    colour: str
+    cell: int
+    x: float
+    y: float
+    z: float
+
+    @property
+    def name(self):
+        return f'{self.colour} {self.shape}'
+
+
+def sample_scenes(B: int, g: torch.Generator) -> Scenes:
+    """Draw B scenes. Every (colour, shape) pair occurs once at most, so a name means one object.
+
+    In 40% of the scenes a theme (a shape or a colour) is shared by exactly c objects, with P(c) = 1/5 for
+    c = 0..4 whatever the theme, while n stays uniform: 'how many circles?' cannot be guessed from text.
+    """
+    S, C, M = len(SHAPES), len(COLOURS), MAX_OBJECTS
+    rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
+    # rows n = 1..4, columns c = 0..4: every row sums to 1/4 and every column to 1/5
+    joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],
+                          [.025, .025, 0, .2, 0], [.025, .025, 0, 0, .2]], device=g.device)
+    pick = torch.multinomial(joint.flatten(), B, replacement=True, generator=g)                 # [B]
+    n, c = pick // 5 + 1, pick % 5
+    theme = torch.where(rand(B) < .4, (rand(B) * (S + C)).long(), -1)                           # [B]
+    pair = torch.arange(S * C, device=g.device)
+    has = (pair // C == theme[:, None]) | (pair % C + S == theme[:, None])                      # [B, 30]
+    c = torch.where(theme >= 0, c, 0)
+    score = rand(B, S * C)
+    inside = (score + has).topk(M).indices                # [B, 4] random distinct pairs with the theme
+    outside = (score - has.float()).topk(M).indices       # [B, 4] random distinct pairs without it
+    slot = torch.arange(M, device=g.device).expand(B, M)                                        # [B, 4]
+    pairs = torch.where(slot < c[:, None], inside, outside.gather(1, (slot - c[:, None]).clamp(min=0)))
+    cell = rand(B, M).argsort(1)                          # [B, 4] a random cell for every slot
+    order = torch.where(slot < n[:, None], cell, cell + M).argsort(1)           # empty slots last
+    cell, pairs = cell.gather(1, order), pairs.gather(1, order)
+    grid = torch.stack([cell % 2, cell // 2], -1)                                               # [B, 4, 2]
+    xy = (grid + .5) / 2 + (rand(B, M, 2) - .5) * .15
+    return Scenes(n, pairs // C, pairs % C, cell, xy, rand(B, M), theme)
+
+
+def distance_field(shape: int, x, y):
+    """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
+    if SHAPES[shape] == 'circle':
+        return torch.hypot(x, y) - .95
+    if SHAPES[shape] == 'square':
+        return torch.maximum(x.abs(), y.abs()) - .82
+    if SHAPES[shape] == 'triangle':
+        return torch.maximum(x.abs() * .866 - (y - .15) * .5, y - .15) - .58
+    if SHAPES[shape] == 'cross':
+        return torch.minimum(torch.maximum(x.abs() - 1, y.abs() - .32), torch.maximum(y.abs() - 1, x.abs() - .32))
+    return (torch.hypot(x, y) - .70).abs() - .25          # ring
+
+
+@dataclass
+class Rendering:
+    """Pictures and their exact annotations; `image` is all that a model may see as input."""
+    image: torch.Tensor        # [B, 3, S, S] in [0, 1]
+    classes: torch.Tensor      # [B, S, S] index into CLASSES
+    instance: torch.Tensor     # [B, S, S] slot of the object + 1, 0 = background
+    depth: torch.Tensor        # [B, S, S] nearness, 0 = background, 1 = nearest
+
+
+def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
+    """Draw scenes at size x size pixels, far to near, anti-aliased over one pixel; g: texture and noise."""
+    B, device = len(s.n), s.n.device
+    rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device).to(device)
+    axis = (torch.arange(size, device=device) + .5) / size
+    X, Y = axis.expand(1, size, size), axis[:, None].expand(1, size, size)
+    angle, phase, freq, amp = (rand(4, B, 1, 1) * torch.tensor([math.pi, 2 * math.pi, 4, .07],
+                                                               device=device)[:, None, None, None])
+    stripes = amp * torch.sin(2 * math.pi * (freq + 2) * (X * angle.cos() + Y * angle.sin()) + phase)
+    image = .3 + .4 * rand(B, 1, 1, 1) + .06 * (rand(B, 3, 1, 1) - .5) + stripes[:, None]       # [B,3,S,S]
+    instance = torch.zeros(B, size, size, dtype=torch.long, device=device)
+    rgb = torch.tensor(list(COLOURS.values()), device=device)
+    for slot in s.z.argsort(1, descending=True).T:                                              # slot [B]
+        pick = lambda t: t.gather(1, slot[:, None])[:, 0]
+        shape, z, r = pick(s.shape), pick(s.z), pick(s.radius)
+        xy = s.xy[torch.arange(B, device=device), slot][..., None, None]                        # [B,2,1,1]
+        x, y = (X - xy[:, 0]) / r[:, None, None], (Y - xy[:, 1]) / r[:, None, None]
+        d = torch.full((B, size, size), 9., device=device)
+        for k in range(len(SHAPES)):
+            rows = ((shape == k) & (slot < s.n)).nonzero()[:, 0]
+            d[rows] = distance_field(k, x[rows], y[rows])
+        alpha = (.5 - d * r[:, None, None] * size).clamp(0, 1)                                  # [B,S,S]
+        image = torch.lerp(image, rgb[pick(s.colour)][:, :, None, None], alpha[:, None])
+        instance = torch.where(alpha >= .5, slot[:, None, None] + 1, instance)
+    look_up = lambda t: F.pad(t, (1, 0)).gather(1, instance.flatten(1)).view_as(instance)       # [B,S,S]
+    noise = torch.randn(image.shape, generator=g, device=g.device).to(device)
+    image = (image + .02 * noise).clamp(0, 1)
+    return Rendering(image, look_up(s.shape + 1), instance, look_up(1 - .75 * s.z))
+
+
+def objects(s: Scenes) -> list[list[Object]]:
+    """The scenes as lists of Object in reading order."""
+    names = list(COLOURS)
+    rows = zip(s.n.tolist(), s.shape.tolist(), s.colour.tolist(), s.cell.tolist(), s.xy.tolist(), s.z.tolist())
+    return [[Object(SHAPES[sh[k]], names[co[k]], ce[k], *xy[k], z[k]) for k in range(n)]
+            for n, sh, co, ce, xy, z in rows]
+
+
+# ----------------------------------------------------------------------------------------------------
+# proxy targets: what the model may be taught to generate from a picture. Rendering -> [B, 3, S, S] in [0, 1]
+
+def seg(r: Rendering):
+    """Semantic segmentation: the palette colour of each pixel's class, never blended."""
+    return (PALETTE.to(r.image.device)[r.classes] / 255).permute(0, 3, 1, 2)                    # [B,3,S,S]
+
+
+def depth(r: Rendering):
+    """Depth map in grey: background black, the nearer the brighter."""
+    return r.depth[:, None].expand_as(r.image)                                                  # [B,3,S,S]
+
+
+def edge(r: Rendering):
+    """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
+    grey = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate')                 # [B,1,S+2,S+2]
+    kx = torch.tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]], device=grey.device)
+    g = F.conv2d(grey, torch.stack([kx, kx.T])[:, None])                                        # [B,2,S,S]
+    return g.norm(dim=1, keepdim=True).clamp(max=1).expand_as(r.image)
+
+
+def recon(r: Rendering):
+    """Reconstruction: the picture itself."""
+    return r.image
+
+
+PROXIES = {'seg': seg, 'depth': depth, 'edge': edge, 'recon': recon}
+
+
+# ----------------------------------------------------------------------------------------------------
+# text. Objects are listed in reading order: one right order leaves less to guess per word.
+
+STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 1.5, 'count': 4}       # captions to draw, with weights
+WORDS = {
+    'draw': ('{}', 'draw {}', 'a picture of {}'),
+    'list': ('describe the picture.', 'what do you see?'),
+    'place': ('describe the picture with places.', 'what is where?'),
+    'seg': ('segment the picture.', 'color every object by its class.', 'show the segmentation map.'),
+    'depth map': ('estimate the depth.', 'color every object by its distance.', 'show the depth map.'),
+    'edge': ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
+    'recon': ('copy the picture.', 'draw every object again.', 'show the same picture.'),
+    'count': ('how many {} are there?', 'count the {}.'),
+    'colour': ('what color is the {}?', 'name the color of the {}.'),
+    'shape': ('what shape is the {} object?', 'name the {} shape.'),
+    'exist': ('is there a {}?', 'do you see a {}?'),
+    'relation': ('where is the {} relative to the {}?', 'on which side is the {} of the {}?'),
+    'depth': ('which is closer, the {} or the {}?', 'what is nearer to you, the {} or the {}?'),
+    'distance': ('which is nearest to the {}, the {} or the {}?', 'what is next to the {}, the {} or the {}?'),
+    'where': ('where is the {}?', 'find the {}.'),
+    'size': ('is the {} small or large?', 'how large is the {}?'),
+    'what': ('what is at the {}?', 'name the object at the {}.'),
+    'sum': ('what is {} plus {}?', 'add {} and {}.'),
+    'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
+
+
+def plural(name):
+    return name + ('es' if name.endswith('s') else 's')
+
+
+def relation(a: Object, b: Object, margin=1.5):
+    """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None where it is not clear-cut."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > margin * abs(dy):
+        return 'left of' if dx < 0 else 'right of'
+    if abs(dy) > margin * abs(dx):
+        return 'above' if dy < 0 else 'below'
+
+
+def caption(objs: list[Object], style: str, rng: random.Random):
+    """A caption in one of STYLES, or None where the style does not fit the objects."""
+    names = [f'a {o.shape if style == "bare" else o.name}' for o in objs]
+    if style == 'place':
+        return ', '.join(f'{CELLS[o.cell]} a {o.name}' for o in objs)
+    if style == 'relation':
+        a, b = rng.sample(objs, 2) if len(objs) == 2 else (objs[0], objs[0])
+        return relation(a, b) and f'a {a.name} {relation(a, b)} a {b.name}'
+    if style == 'count':
+        same = len(objs) > 1 and len({o.shape for o in objs}) == 1
+        return f'{NUMBERS[len(objs)]} {plural(objs[0].shape)}' if same else None
+    if style == 'list' or len(objs) <= 2:
+        return ' and '.join([', '.join(names[:-1])] * (len(names) > 1) + names[-1:])
+
+
+class Questions:
+    """Questions about one scene, a method for each type: (words to fill in, answer), None if there is none.
+
+    Answers are balanced given the question's words: who guesses without looking stays at CHANCE.
+    """
+
+    def __init__(self, objs: list[Object], theme: int, rng: random.Random):
+        self.objs, self.theme, self.rng = objs, theme, rng
+
+    def pick(self, candidates):
+        return self.rng.choice(candidates) if candidates else None
+
+    def pick_pair(self, fits):
+        return self.pick([(a, b) for a in self.objs for b in self.objs if fits(a, b)])
+
+    def ask(self, kind: str):
+        """-> (question, answer) as text, or None."""
+        found = getattr(self, kind)()
+        return found and (self.rng.choice(WORDS[kind]).format(*found[0]), found[1])
+
+    def count(self):
+        if self.theme < 0 or self.rng.random() < .3:
+            return ('objects',), str(len(self.objs))
+        name = (SHAPES + tuple(COLOURS))[self.theme]
+        return ((plural(name) if name in SHAPES else f'{name} objects',),
+                str(sum(name in (o.shape, o.colour) for o in self.objs)))
+
+    def colour(self):
+        o = self.pick([o for o in self.objs if sum(p.shape == o.shape for p in self.objs) == 1])
+        return o and ((o.shape,), o.colour)
+
+    def shape(self):
+        o = self.pick([o for o in self.objs if sum(p.colour == o.colour for p in self.objs) == 1])
+        return o and ((o.colour,), o.shape)
+
+    def exist(self):
+        """'no' recombines colours and shapes that are there if possible (POPE's adversarial negatives)."""
+        if self.rng.random() < .5:
+            return (self.pick(self.objs).name,), 'yes'
+        shapes, colours = {o.shape for o in self.objs}, {o.colour for o in self.objs}
+        names = {o.name for o in self.objs}
+        hard = {f'{c} {s}' for c in colours for s in shapes} - names
+        half = {f'{c} {s}' for c in COLOURS for s in SHAPES if c in colours or s in shapes} - names
+        return (self.pick(sorted(hard or half)),), 'no'
+
+    def relation(self):
+        pair = self.pick_pair(relation)
+        return pair and ((pair[0].name, pair[1].name), relation(*pair).replace(' of', ''))
+
+    def depth(self):
+        pair = self.pick_pair(lambda a, b: a.z < b.z - .3)
+        return pair and (self.rng.sample([o.name for o in pair], 2), pair[0].name)
+
+    def distance(self):
+        gap = lambda a, b: math.hypot(a.x - b.x, a.y - b.y)
+        trios = [(x, a, b) for x in self.objs for a in self.objs for b in self.objs
+                 if 0 < gap(x, a) < gap(x, b) - .12]
+        x, *pair = self.pick(trios) or [None]
+        return x and ((x.name, *self.rng.sample([o.name for o in pair], 2)), pair[0].name)
+
+    def where(self):
+        o = self.pick(self.objs)
+        return (o.name,), CELLS[o.cell]
+
+    def size(self):
+        o = self.pick([o for o in self.objs if abs(o.z - .5) > .1])
+        return o and ((o.name,), 'large' if o.z < .5 else 'small')
+
+    def what(self):
+        o = self.pick(self.objs)
+        return (CELLS[o.cell],), o.name
+
+    def sum(self):
+        a, b = self.rng.randrange(10), self.rng.randrange(10)
+        return (a, b), str(a + b)
+
+    def more(self):
+        a, b = self.rng.sample(range(10), 2)
+        return (a, b), str(max(a, b))
+
+
+# ----------------------------------------------------------------------------------------------------
+# text tokens and sequences
+
+PATTERN = r""" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"""
+
+
+class Text:
+    """Text <-> token ids, byte-level BPE. Any string encodes; none encodes to the special `answer` or `end`."""
+
+    def __init__(self, vocab: list[bytes]):
+        self.vocab = list(vocab)
+        self.answer, self.end, self.size = len(vocab), len(vocab) + 1, len(vocab) + 2
+        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PATTERN, special_tokens={},
+                                     mergeable_ranks={token: i for i, token in enumerate(vocab)})
+        self.encode = lru_cache(65536)(self._encode)             # the world's sentences repeat all the time
+
+    def _encode(self, text: str) -> list[int]:
+        return self.bpe.encode_ordinary(' ' + ' '.join(text.lower().split())) if text.strip() else []
+
+    def decode(self, ids) -> str:
+        return self.bpe.decode([i for i in ids if i < self.answer]).strip()
+
+    @staticmethod
+    def from_corpus(texts, size=512):
+        """Train BPE (Sennrich et al. 2016, algorithm 1) on the distinct words of `texts`; deterministic."""
+        words = {w for t in texts for w in re.findall(r'\w+|[^\w\s]+', t.lower())}
+        words = [[bytes([b]) for b in (' ' + w).encode()] for w in sorted(words)]
+        vocab = [bytes([b]) for b in range(256)]
+        while len(vocab) < size - 2 and (pairs := Counter(p for w in words for p in zip(w, w[1:]))):
+            pair = max(pairs, key=lambda p: (pairs[p], p))
+            vocab.append(b''.join(pair))
+            for w in words:
+                for i in reversed(range(len(w) - 1)):
+                    if tuple(w[i:i + 2]) == pair:
+                        w[i:i + 2] = vocab[-1:]
+        return Text(vocab)
+
+
+@dataclass
+class Sequence:
+    """A batch of sequences [picture][text][codes]; the picture and the codes may be absent.
+
+    The text is made of turns that all see the picture and do not see each other: many questions about a
+    picture cost one pass over it. Codes, where there are any, continue turn 1.
+    """
+    text: torch.Tensor                     # [B, T] token ids
+    turn: torch.Tensor                     # [B, T] 1, 2, ..., or -1 for padding
+    target: torch.Tensor | None = None     # [B, T] the token to predict here, -1 = none
+    image: torch.Tensor | None = None      # [B, 3, S, S] in [0, 1], or codes [B, N] if image_input is 'code'
+    codes: torch.Tensor | None = None      # [B, N] codes of the picture to generate
+
+
+def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
+    """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
+
+    Only the answer and the end token are supervised.
+    """
+    out = []
+    for turns in rows:
+        row = []
+        for k, (prompt, answer) in enumerate(turns, 1):
+            p = text.encode(prompt)
+            row += [(t, k, -1) for t in p]
+            if answer is not None:
+                a = text.encode(answer)
+                row += [(t, k, y) for t, y in zip([text.answer] + a, a + [text.end])]
+        out.append(row)
+    T = max(1, *map(len, out)) if out else 1
+    grid = torch.tensor([row + [(text.end, -1, -1)] * (T - len(row)) for row in out], device=device)  # [B,T,3]
+    return Sequence(*grid.unbind(-1), image=image)
+
+
+class World:
+    """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
+
+    def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
+        self.size, self.seed, self.device = size, seed, device
+        self.text = text or Text.from_corpus(self.corpus())
+
+    def scenes(self, split: str, index: int, B: int, pixels=True):
+        """-> ([(objects, theme)] of B scenes, their Rendering, a random.Random for the text)."""
+        scenes = sample_scenes(B, generator(self.seed, split, index))
+        g = generator(self.seed, split, index + 2**31, self.device)
+        r = render(scenes.to(self.device), self.size, g) if pixels else None
+        return list(zip(objects(scenes), scenes.theme.tolist())), r, random.Random(f'{self.seed}{split}{index}')
+
+    def corpus(self):
+        """All kinds of sentences of the world, to train text tokens on."""
+        scenes, _, rng = self.scenes('train', 0, 300, pixels=False)
+        for objs, theme in scenes:
+            yield from (c for style in STYLES if (c := caption(objs, style, rng)))
+            for kind in VISUAL + REASON:
+                yield from Questions(objs, theme, rng).ask(kind) or ()
+        yield from (w for words in WORDS.values() for w in words)
+
+    def questions(self, split, index, B, Q, kinds=VISUAL + REASON, captions=('place',)):
+        """-> (Sequence of B pictures with Q questions each and `captions`, kinds of the turns)."""
+        scenes, r, rng = self.scenes(split, index, B)
+        rows, asked = [], []
+        for objs, theme in scenes:
+            turns, ask = [], Questions(objs, theme, rng)
+            while len(turns) < Q:
+                kind = rng.choice(kinds)
+                if qa := ask.ask(kind):
+                    turns.append((kind, qa))
+            turns += [(c, (rng.choice(WORDS[c]), caption(objs, c, rng))) for c in captions]
+            rows.append([qa for _, qa in turns])
+            asked.append([kind for kind, _ in turns])
+        return pack(self.text, rows, r.image, self.device), asked
+
+    def drawings(self, split, index, B, drop=.1):
+        """-> (Sequence of prompts, an empty one with probability `drop`, target pictures [B, 3, S, S])."""
+        scenes, r, rng = self.scenes(split, index, B)
+        rows = []
+        for objs, _ in scenes:
+            fit = {s: c for s in STYLES if (c := caption(objs, s, rng))}
+            style = rng.choices(list(fit), [STYLES[s] for s in fit])[0]
+            prompt = rng.choice(WORDS['draw']).format(fit[style])
+            rows.append([(prompt if rng.random() >= drop else '', None)])
+        return pack(self.text, rows, device=self.device), r.image
+
+    def proxies(self, split, index, B, name):
+        """-> (Sequence of pictures with an instruction, the proxy's maps [B, 3, S, S] to generate, Rendering)."""
+        _, r, rng = self.scenes(split, index, B)
+        words = WORDS.get(name + ' map', WORDS.get(name))
+        return pack(self.text, [[(rng.choice(words), None)] for _ in range(B)], r.image), PROXIES[name](r), r

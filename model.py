@@ -1,0 +1,401 @@
+"""The two networks: a VQ tokenizer (pictures <-> codes) and the unified multimodal model (UMM).
+
+Axes: B pictures, T sequence positions, C channels (n_embd), H heads, D channels of a head, K codebook size,
+S side of a picture in pixels, G side of the code grid, N = G*G codes (and patches) of a picture, V text vocabulary.
+"""
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import Sequence, Text, UserError
+
+
+@dataclass
+class Config:
+    """Everything needed to rebuild both networks; it travels inside the checkpoint."""
+    size: int = 32               # S, side of a picture in pixels
+    patch: int = 4               # side in pixels of what one code, or one input token, stands for
+    codebook: int = 512          # K, number of codes
+    code_dim: int = 8            # channels of a code
+    vq_width: int = 64           # channels of the tokenizer
+    vq_depth: int = 2            # residual blocks in the encoder and in the decoder
+    quantizer: str = 'vq'        # 'vq' (learned codebook) or 'fsq' (fixed grid)
+    vocab: int = 512             # V, text tokens, the special ones included
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128            # C
+    image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
+
+    @property
+    def grid(self) -> int:
+        return self.size // self.patch
+
+
+# ----------------------------------------------------------------------------------------------------
+# VQ tokenizer
+
+class VectorQuantizer(nn.Module):
+    """Nearest of K unit vectors, learned by exponential moving averages.
+
+    VQ-VAE (van den Oord et al. 2017, eq. 3 and appendix A.1) with low-dimensional l2-normalised codes
+    (Yu et al. 2021, section 3.2) and restart of dead codes (Dhariwal et al. 2020, section 3.1).
+    """
+
+    def __init__(self, K: int, dim: int, decay=.98, dead=.03):
+        super().__init__()
+        self.decay, self.dead = decay, dead            # `dead`: uses per batch, averaged, below which to restart
+        self.register_buffer('codebook', F.normalize(torch.randn(K, dim), dim=-1))              # [K, dim]
+        self.register_buffer('count', torch.ones(K))                                            # [K]
+        self.register_buffer('total', self.codebook.clone())                                    # [K, dim]
+
+    def forward(self, z):
+        """z [B, G, G, dim] -> (code vectors [B, G, G, dim], codes [B, G, G], commitment loss)."""
+        z = F.normalize(z, dim=-1)
+        codes = (z @ self.codebook.T).argmax(-1)                                                # [B, G, G]
+        e = self.codebook[codes]                                                                # [B, G, G, dim]
+        if self.training:
+            self.update(z.detach().flatten(0, 2), codes.flatten())                              # [B*G*G, dim]
+        # The codebook is a buffer, so this loss moves the encoder towards the codes and never the reverse.
+        commitment = F.mse_loss(z, e)
+        return z + (e - z).detach(), codes, commitment       # straight-through: gradient of e copied to z
+
+    @torch.no_grad()
+    def update(self, z, codes):
+        """Moving averages of how often a code is used and of the vectors it stands for; z [n, dim], codes [n]."""
+        K = len(self.codebook)
+        self.count.lerp_(codes.bincount(minlength=K).to(z.dtype), 1 - self.decay)
+        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, codes, z), 1 - self.decay)
+        dead = self.count < self.dead
+        fresh = z[torch.randint(len(z), (K,), device=z.device)]                                 # [K, dim]
+        self.total.copy_(torch.where(dead[:, None], fresh, self.total))
+        self.count.masked_fill_(dead, 1.)
+        self.codebook.copy_(F.normalize(self.total, dim=-1))
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1 and appendix A.1)."""
+
+    def __init__(self, K: int):
+        super().__init__()
+        bits = K.bit_length() - 1                      # K = 2^bits = 8 * 8 * ... * 2^(bits mod 3)
+        levels = torch.tensor([8] * (bits // 3) + ([2 ** (bits % 3)] if bits % 3 else []))
+        self.register_buffer('levels', levels)                                                  # [dim]
+        self.register_buffer('basis', torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0))    # [dim]
+        digits = torch.arange(K)[:, None] // self.basis % levels                                # [K, dim]
+        self.register_buffer('codebook', digits / (levels - 1) * 2 - 1)                         # [K, dim]
+
+    def forward(self, z):
+        """As VectorQuantizer.forward; there is nothing to commit to, so that loss is 0."""
+        unit = (torch.tanh(z) + 1) / 2                                                          # in (0, 1)
+        digits = (unit * (self.levels - 1)).round()                                             # [B, G, G, dim]
+        e, codes = digits / (self.levels - 1) * 2 - 1, (digits.long() * self.basis).sum(-1)
+        return torch.tanh(z) + (e - torch.tanh(z)).detach(), codes, z.new_zeros(())
+
+
+class ResBlock(nn.Module):
+    """x + conv1x1(gelu(conv3x3(norm(x))))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
+
+
+class VQTokenizer(nn.Module):
+    """Convolutional autoencoder with a discrete bottleneck: S x S pixels <-> G x G codes.
+
+    All convolutions run on the G x G grid (pixels are folded into channels first): that is where a CPU's
+    time is best spent at this size.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        fsq = c.quantizer == 'fsq'
+        self.quantizer = FiniteScalarQuantizer(c.codebook) if fsq else VectorQuantizer(c.codebook, c.code_dim)
+        width, pixels, dim = c.vq_width, 3 * c.patch ** 2, self.quantizer.codebook.shape[1]
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(c.patch), nn.Conv2d(pixels, width, 3, padding=1),                 # [B,width,G,G]
+            *[ResBlock(width) for _ in range(c.vq_depth)], nn.Conv2d(width, dim, 1))            # [B,dim,G,G]
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, width, 1), *[ResBlock(width) for _ in range(c.vq_depth)],            # [B,width,G,G]
+            nn.Conv2d(width, pixels, 3, padding=1), nn.PixelShuffle(c.patch))                   # [B,3,S,S]
+
+    def quantize(self, x):
+        return self.quantizer(self.encoder(x * 2 - 1).permute(0, 2, 3, 1))                      # [B,G,G,dim]
+
+    def reconstruct(self, e):
+        return self.decoder(e.permute(0, 3, 1, 2)) * .5 + .5                                    # [B,3,S,S]
+
+    def forward(self, x):
+        """x [B, 3, S, S] in [0, 1] -> (reconstruction [B, 3, S, S], codes [B, G, G], commitment loss)."""
+        e, codes, commitment = self.quantize(x)
+        return self.reconstruct(e), codes, commitment
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Pictures [B, 3, S, S] in [0, 1] -> codes [B, N], row by row."""
+        return self.quantize(x)[1].flatten(1)                                                   # [B,N]
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """Codes [B, N] -> pictures [B, 3, S, S] in [0, 1]."""
+        e = self.quantizer.codebook[codes].unflatten(1, (self.c.grid, self.c.grid))             # [B,G,G,dim]
+        return self.reconstruct(e).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# the unified multimodal model
+
+def rope_table(length: int, dim: int, base=10000.):
+    """cos and sin [length, dim/2] of rotary position embedding (Su et al. 2021, section 3.2.2)."""
+    angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)             # [length,dim/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel pairs (i, i + D/2) of x [B, H, T, D] by their position; cos, sin [B, 1, T, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)                            # [B,H,T,D]
+
+
+def attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(D) + mask) v. q [B, H, T, D], k and v [B, H, keys, D] -> [B, H, T, D]."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # On a CPU the fused kernel's backward is slower than plain matrix products at these lengths.
+    scores = (q * q.shape[-1] ** -.5) @ k.mT                                                    # [B,H,T,keys]
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
+
+
+class KV:
+    """Keys and values of one layer: grown by concatenation (training) or in a preallocated buffer."""
+
+    def __init__(self, buffer=None):
+        self.buffer, self.used, self.kv = buffer, 0, None          # buffer [2, B, H, length, D]
+
+    def append(self, k, v):
+        """k, v [B, H, T, D] -> all keys and all values so far, each [B, H, used, D]."""
+        if self.buffer is None:
+            self.kv = (k, v) if self.kv is None else (torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2))
+            return self.kv
+        start, self.used = self.used, self.used + k.shape[2]
+        self.buffer[0, :, :, start:self.used], self.buffer[1, :, :, start:self.used] = k, v
+        return self.buffer[:, :, :, :self.used]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: RMSNorm, attention with QK-norm and RoPE, squared-ReLU MLP, no biases."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.n_head = c.n_head
+        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
+        self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+        for out in (self.proj, self.down):
+            nn.init.zeros_(out.weight)                 # every block starts as the identity
+
+    def forward(self, x, rope, mask, kv: KV):
+        """x [B, T, C] -> [B, T, C]; mask [B, 1, T, keys] is added to the scores; kv holds what came before."""
+        B, T, C = x.shape
+        qkv = self.qkv(F.rms_norm(x, (C,))).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # [3,B,H,T,D]
+        q, k, v = qkv.unbind()                                                                  # [B,H,T,D] each
+        q, k = (rotate(F.rms_norm(t, t.shape[-1:]), *rope) for t in (q, k))
+        y = attention(q, *kv.append(k, v), mask)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))                                   # [B,T,C]
+        return x + self.down(F.relu(self.up(F.rms_norm(x, (C,)))).square())
+
+
+class UMM(nn.Module):
+    """One decoder-only transformer that reads and writes both text and pictures.
+
+    A sequence is [picture][text][codes]. The picture is read bidirectionally and never sees what follows;
+    text and codes are causal. Each modality has its own embedding and its own head, and a head is computed
+    only where its loss lives. Source patch (r, c) and target code (r, c) share their 2-D position embedding.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        C, N = c.n_embd, c.grid ** 2
+        self.c = c
+        self.text_embed = nn.Embedding(c.vocab, C)
+        self.code_embed = nn.Embedding(c.codebook + 1, C)          # the last row: start of a picture
+        self.patch_embed = nn.Linear(3 * c.patch ** 2, C)
+        # Positions as loud as the content they are added to: with quiet ones learning starts much later.
+        self.row = nn.Parameter(torch.randn(c.grid, 1, C) * .5)
+        self.col = nn.Parameter(torch.randn(1, c.grid, C) * .5)
+        self.source = nn.Parameter(torch.randn(C) * .5)            # marks the input picture
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.text_head = nn.Linear(C, c.vocab, bias=False)
+        self.pixel_head = nn.Linear(C, c.codebook, bias=False)
+        for table in (self.text_embed, self.code_embed):
+            nn.init.normal_(table.weight, std=.7)
+        for head in (self.text_head, self.pixel_head):
+            nn.init.zeros_(head.weight)                            # the first loss is exactly ln V or ln K
+        for name, table in zip(('cos', 'sin'), rope_table(2 * N + 512, C // c.n_head)):
+            self.register_buffer(name, table, persistent=False)
+
+    @property
+    def max_text(self) -> int:
+        """Longest text, in tokens, that fits beside a picture and its codes."""
+        return len(self.cos) - 2 * self.c.grid ** 2
+
+    def position(self):
+        return (self.row + self.col).flatten(0, 1)                                              # [N,C]
+
+    def rope(self, pos):
+        return self.cos[pos][:, None], self.sin[pos][:, None]                                   # [B,1,T,D/2]
+
+    def embed_image(self, image):
+        """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
+        if self.c.image_input == 'code':
+            x = self.code_embed(image)
+        else:
+            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                            # [B,3*p*p,G,G]
+            x = self.patch_embed(patches.flatten(2).mT)                                         # [B,N,C]
+        return x + self.position() + self.source
+
+    def hidden(self, s: Sequence, kvs: list[KV] | None = None):
+        """Last hidden states at the text and the codes, [B, T (+ N), C]; `kvs` keeps keys for generation."""
+        B, N = len(s.text), self.c.grid ** 2
+        x, turn = self.text_embed(s.text), s.turn
+        if s.codes is not None:            # codes move one to the right; the sum at n says: now draw patch n
+            shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)                     # [B,N]
+            x = torch.cat([x, self.code_embed(shifted) + self.position()], 1)                   # [B,T+N,C]
+            turn = F.pad(turn, (0, N), value=1)                                                 # [B,T+N]
+        see = (turn[:, :, None] == turn[:, None, :]).tril()        # [B,T,T] earlier tokens of the same turn
+        rope = self.rope(N - 1 + see.sum(-1))                      # every turn starts right after the picture
+        if s.image is not None:
+            image = self.embed_image(s.image)                                                   # [B,N,C]
+            image_rope = self.rope(torch.arange(N, device=x.device)[None])
+            see = F.pad(see, (N, 0), value=True)                                                # [B,T,N+T]
+        mask = torch.where(see, 0., -1e4).to(x.dtype)[:, None]                                  # [B,1,T,keys]
+        for block, kv in zip(self.blocks, kvs or [KV() for _ in self.blocks]):
+            if s.image is not None:
+                image = block(image, image_rope, None, kv)
+            x = block(x, rope, mask, kv)
+        return F.rms_norm(x, x.shape[-1:])
+
+    def forward(self, s: Sequence):
+        """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None where it has no target."""
+        x = self.hidden(s)
+        text = pixel = None
+        if s.target is not None and (keep := s.target >= 0).any():
+            text = F.cross_entropy(self.text_head(x[:, :s.text.shape[1]][keep]).float(), s.target[keep])
+        if s.codes is not None:
+            logits = self.pixel_head(x[:, -s.codes.shape[1]:])                                  # [B,N,K]
+            pixel = F.cross_entropy(logits.flatten(0, 1).float(), s.codes.flatten())
+        return text, pixel
+
+    @torch.no_grad()
+    def generate(self, s: Sequence, first: int | None = None, stop: int = -1, length: int = 32, cfg=1.,
+                 temperature=1., top_k=0, generator=None, keep_logits=False):
+        """Continue [picture][text], one turn per row, token by token with a preallocated KV cache.
+
+        first: None draws the N codes of a picture; else the text token that opens an answer, of at most
+        `length` tokens, ended by `stop`. cfg: classifier-free guidance scale g, logits = u + g (c - u) with u
+        the logits without the text (Ho & Salimans 2022, eq. 6 with g = 1 + w); 1 = off. temperature 0 = greedy;
+        top_k 0 = all. -> tokens [B, n], and their logits [B, n, K or V] with keep_logits.
+        """
+        B, N, draw, guided = len(s.text), self.c.grid ** 2, first is None, cfg != 1
+        if guided:                         # second half of the batch: the same without its text
+            s = Sequence(s.text.repeat(2, 1), torch.cat([s.turn, torch.full_like(s.turn, -1)]),
+                         image=None if s.image is None else s.image.repeat(2, *[1] * (s.image.dim() - 1)))
+        length = N if draw else length
+        known = 0 if s.image is None else N
+        size = (2, len(s.text), self.c.n_head, known + s.text.shape[1] + length, self.c.n_embd // self.c.n_head)
+        kvs = [KV(torch.zeros(size, device=s.text.device, dtype=self.row.dtype)) for _ in self.blocks]
+        self.hidden(s, kvs)                                                                     # fill the cache
+        see = F.pad(F.pad(s.turn == 1, (known, 0), value=True), (0, length), value=True)        # [B,keys]
+        mask = torch.where(see, 0., -1e4)[:, None, None]                                        # [B,1,1,keys]
+        start = N + (s.turn == 1).sum(1, keepdim=True)                                          # [B,1]
+        token = torch.full((B,), self.c.codebook if draw else first, device=s.text.device)
+        tokens, kept, done = [], [], torch.zeros(B, dtype=torch.bool, device=s.text.device)
+        for i in range(length):
+            x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)     # [B,C]
+            x, rope = x.repeat(1 + guided, 1)[:, None], self.rope(start + i)                    # [B,1,C]
+            for block, kv in zip(self.blocks, kvs):
+                x = block(x, rope, mask[..., :kv.used + 1], kv)
+            x = F.rms_norm(x, x.shape[-1:])[:, 0]
+            logits = (self.pixel_head if draw else self.text_head)(x).float()                   # [B,K or V]
+            if guided:
+                c, u = logits.chunk(2)
+                logits = u + cfg * (c - u)
+            token = pick(logits, temperature, top_k, generator)                                 # [B]
+            tokens.append(token)
+            kept += [logits] if keep_logits else []
+            done |= token == stop
+            if done.all():
+                break
+        tokens = torch.stack(tokens, 1)                                                         # [B,n]
+        return (tokens, torch.stack(kept, 1)) if keep_logits else tokens
+
+
+def pick(logits, temperature: float, top_k: int, generator=None):
+    """Sample one token per row of logits [B, K]; temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# files: safetensors only, with config and text vocabulary as JSON in the header; nothing is ever unpickled
+
+def save(path, tensors: dict, meta: dict):
+    """Write tensors and meta to `path`, whole or not at all: a temporary file, fsync, then rename."""
+    path, part = Path(path), Path(f'{path}.part')
+    try:
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part, {'nanoumm': json.dumps(meta)})
+        with open(part, 'rb+') as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f'cannot write {path}: {e}; free some space or choose another --out. '
+                        'The previous file, if any, is untouched')
+
+
+def load(path, device='cpu'):
+    """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not a sound one."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'no checkpoint {path}: make one with `python train.py`, or name yours')
+    try:
+        with safe_open(path, 'pt') as f:
+            meta = json.loads(f.metadata()['nanoumm'])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        c = Config(**meta['config'])
+        text = Text([bytes.fromhex(t) for t in meta['text']])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f'{path} is not a whole nanoUMM checkpoint ({type(e).__name__}: {str(e)[:80]}); '
+                        'train again or copy it anew')
+    sane = all(0 < v <= 2**18 for v in vars(c).values() if isinstance(v, int)) and c.n_layer <= 512
+    if not sane or c.vocab != text.size or c.size % c.patch or c.n_embd % (4 * c.n_head):
+        raise UserError(f'{path} has an impossible config: {vars(c)}; train again')
+    with torch.device('meta'):             # compare shapes before anything of that size is allocated
+        want = {f'{n}.{k}': t.shape for n, m in (('tokenizer', VQTokenizer(c)), ('umm', UMM(c)))
+                for k, t in m.state_dict().items()}
+    bad = [k for k, shape in want.items() if k not in tensors or tensors[k].shape != shape
+           or not tensors[k].isfinite().all()]
+    if bad:
+        raise UserError(f'{path} does not fit its own config: tensor {bad[0]} is missing, misshapen or not finite')
+    tok, umm = VQTokenizer(c), UMM(c)
+    for name, m in (('tokenizer', tok), ('umm', umm)):
+        m.load_state_dict({k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + '.')})
+        m.to(device).eval()
+    return tok, umm, text, tensors, meta
