@@ -2,17 +2,16 @@
 
 A scene holds 1-4 objects (shape, colour, position, depth) on a textured grey background. Everything is
 exact and free: the class, instance and depth of each pixel, and questions whose answers are known.
-Scenes are a pure function of (seed, split, index): nothing is stored, and train, val and test never meet.
+Scenes are a pure function of (seed, split, index): nothing is stored; train, val and test never meet.
 Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the top left corner.
 """
 import math
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -25,14 +24,14 @@ CLASSES = ('background',) + SHAPES
 # The one statement of the segmentation palette: row = class. Corners of the RGB cube are as far apart as
 # six colours can be, and the map from class to colour is fixed, so there is a single right answer.
 PALETTE = torch.tensor([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)])
-CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # one object at most in each: reading order
+CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
-CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4, 'depth': 1 / 2,
-          'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
+MAX_OBJECTS = 4
+CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4,
+          'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
 VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
-MAX_OBJECTS = 4
-NEAR, FAR = .235, .145         # radius of the nearest and of the farthest object
+NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
 SPLITS = ('train', 'val', 'test')
 
 
@@ -55,46 +54,33 @@ def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generato
     return torch.Generator(device).manual_seed(key)
 
 
-# ----------------------------------------------------------------------------------------------------
-# scenes and their renderings
+# ---- scenes and their renderings -----------------------------------------------------------------
 
 @dataclass
 class Scenes:
     """B scenes as tensors; slots are in reading order, slots >= n are empty."""
-    n: torch.Tensor            # [B] number of objects, 1..4
-    shape: torch.Tensor        # [B, 4] index into SHAPES
-    colour: torch.Tensor       # [B, 4] index into COLOURS
-    cell: torch.Tensor         # [B, 4] index into CELLS
-    xy: torch.Tensor           # [B, 4, 2] centres
-    z: torch.Tensor            # [B, 4] depth, 0 near .. 1 far
-    theme: torch.Tensor        # [B] attribute that may be counted: 0-4 shape, 5-10 colour, -1 none
+    n: torch.Tensor              # [B] number of objects, 1..4
+    shape: torch.Tensor          # [B,4] index into SHAPES
+    colour: torch.Tensor         # [B,4] index into COLOURS
+    cell: torch.Tensor           # [B,4] index into CELLS
+    xy: torch.Tensor             # [B,4,2] centres
+    z: torch.Tensor              # [B,4] depth, 0 near .. 1 far
+    theme: torch.Tensor          # [B] attribute that may be counted: 0-4 shape, 5-10 colour, -1 none
+    radius = property(lambda self: NEAR + (FAR - NEAR) * self.z)                      # [B,4]
 
-    def to(self, device):
-        return Scenes(*(t.to(device) for t in vars(self).values()))
-
-    @property
-    def radius(self):
-        return NEAR + (FAR - NEAR) * self.z
+    def map(self, f):
+        return Scenes(*map(f, vars(self).values()))
 
 
-class Object(NamedTuple):
-    """One object of one scene, for the text functions."""
-    shape: str
-    colour: str
-    cell: int
-    x: float
-    y: float
-    z: float
-
-    @property
-    def name(self):
-        return f'{self.colour} {self.shape}'
+class Object(namedtuple('Object', 'shape colour cell x y z')):
+    """One object of one scene, for the text functions: names of shape and colour, then as in Scenes."""
+    name = property(lambda self: f'{self.colour} {self.shape}')
 
 
 def sample_scenes(B: int, g: torch.Generator) -> Scenes:
     """Draw B scenes. Every (colour, shape) pair occurs once at most, so a name means one object.
 
-    In 40% of the scenes a theme (a shape or a colour) is shared by exactly c objects, with P(c) = 1/5 for
+    In 40% of the scenes a theme (a shape or a colour) is that of exactly c objects, with P(c) = 1/5 for
     c = 0..4 whatever the theme, while n stays uniform: 'how many circles?' cannot be guessed from text.
     """
     S, C, M = len(SHAPES), len(COLOURS), MAX_OBJECTS
@@ -102,118 +88,101 @@ def sample_scenes(B: int, g: torch.Generator) -> Scenes:
     # rows n = 1..4, columns c = 0..4: every row sums to 1/4 and every column to 1/5
     joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],
                           [.025, .025, 0, .2, 0], [.025, .025, 0, 0, .2]], device=g.device)
-    pick = torch.multinomial(joint.flatten(), B, replacement=True, generator=g)                 # [B]
-    n, c = pick // 5 + 1, pick % 5
-    theme = torch.where(rand(B) < .4, (rand(B) * (S + C)).long(), -1)                           # [B]
+    pick = torch.multinomial(joint.flatten(), B, replacement=True, generator=g)       # [B]
+    theme = torch.where(rand(B) < .4, (rand(B) * (S + C)).long(), -1)                 # [B]
+    n, c = pick // 5 + 1, torch.where(theme >= 0, pick % 5, 0)[:, None]               # [B], [B,1]
     pair = torch.arange(S * C, device=g.device)
-    has = (pair // C == theme[:, None]) | (pair % C + S == theme[:, None])                      # [B, 30]
-    c = torch.where(theme >= 0, c, 0)
-    score = rand(B, S * C)
-    inside = (score + has).topk(M).indices                # [B, 4] random distinct pairs with the theme
-    outside = (score - has.float()).topk(M).indices       # [B, 4] random distinct pairs without it
-    slot = torch.arange(M, device=g.device).expand(B, M)                                        # [B, 4]
-    pairs = torch.where(slot < c[:, None], inside, outside.gather(1, (slot - c[:, None]).clamp(min=0)))
-    cell = rand(B, M).argsort(1)                          # [B, 4] a random cell for every slot
-    order = torch.where(slot < n[:, None], cell, cell + M).argsort(1)           # empty slots last
+    has = ((pair // C == theme[:, None]) | (pair % C + S == theme[:, None])).float()  # [B,30]
+    score, slot = rand(B, S * C), torch.arange(M, device=g.device).expand(B, M)
+    inside, outside = (score + has).topk(M).indices, (score - has).topk(M).indices    # [B,4] distinct
+    pairs = torch.where(slot < c, inside, outside.gather(1, (slot - c).clamp(min=0)))
+    cell = rand(B, M).argsort(1)                                                      # [B,4]
+    order = torch.where(slot < n[:, None], cell, cell + M).argsort(1)                 # empty slots last
     cell, pairs = cell.gather(1, order), pairs.gather(1, order)
-    grid = torch.stack([cell % 2, cell // 2], -1)                                               # [B, 4, 2]
-    xy = (grid + .5) / 2 + (rand(B, M, 2) - .5) * .15
+    xy = (torch.stack([cell % 2, cell // 2], -1) + .5) / 2 + (rand(B, M, 2) - .5) * .12
     return Scenes(n, pairs // C, pairs % C, cell, xy, rand(B, M), theme)
 
 
 def distance_field(shape: int, x, y):
     """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
+    box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
     if SHAPES[shape] == 'circle':
         return torch.hypot(x, y) - .95
     if SHAPES[shape] == 'square':
-        return torch.maximum(x.abs(), y.abs()) - .82
+        return box(.82, .82)
     if SHAPES[shape] == 'triangle':
         return torch.maximum(x.abs() * .866 - (y - .15) * .5, y - .15) - .58
     if SHAPES[shape] == 'cross':
-        return torch.minimum(torch.maximum(x.abs() - 1, y.abs() - .32), torch.maximum(y.abs() - 1, x.abs() - .32))
+        return torch.minimum(box(1, .32), box(.32, 1))
     return (torch.hypot(x, y) - .70).abs() - .25          # ring
 
 
 @dataclass
 class Rendering:
     """Pictures and their exact annotations; `image` is all that a model may see as input."""
-    image: torch.Tensor        # [B, 3, S, S] in [0, 1]
-    classes: torch.Tensor      # [B, S, S] index into CLASSES
-    instance: torch.Tensor     # [B, S, S] slot of the object + 1, 0 = background
-    depth: torch.Tensor        # [B, S, S] nearness, 0 = background, 1 = nearest
+    image: torch.Tensor          # [B,3,S,S] in [0, 1]
+    classes: torch.Tensor        # [B,S,S] index into CLASSES
+    instance: torch.Tensor       # [B,S,S] slot of the object + 1, 0 = background
+    depth: torch.Tensor          # [B,S,S] nearness, 0 = background, 1 = nearest
 
 
 def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
-    """Draw scenes at size x size pixels, far to near, anti-aliased over one pixel; g: texture and noise."""
+    """Draw scenes at size x size pixels, far to near, anti-aliased; g: texture and noise."""
     B, device = len(s.n), s.n.device
     rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device).to(device)
     axis = (torch.arange(size, device=device) + .5) / size
     X, Y = axis.expand(1, size, size), axis[:, None].expand(1, size, size)
-    angle, phase, freq, amp = (rand(4, B, 1, 1) * torch.tensor([math.pi, 2 * math.pi, 4, .07],
-                                                               device=device)[:, None, None, None])
+    most = torch.tensor([math.pi, 2 * math.pi, 4, .05], device=device)
+    angle, phase, freq, amp = rand(4, B, 1, 1) * most[:, None, None, None]            # [B,1,1] each
     stripes = amp * torch.sin(2 * math.pi * (freq + 2) * (X * angle.cos() + Y * angle.sin()) + phase)
-    image = .3 + .4 * rand(B, 1, 1, 1) + .06 * (rand(B, 3, 1, 1) - .5) + stripes[:, None]       # [B,3,S,S]
+    image = .3 + .4 * rand(B, 1, 1, 1) + .06 * (rand(B, 3, 1, 1) - .5) + stripes[:, None]  # [B,3,S,S]
     instance = torch.zeros(B, size, size, dtype=torch.long, device=device)
     rgb = torch.tensor(list(COLOURS.values()), device=device)
-    for slot in s.z.argsort(1, descending=True).T:                                              # slot [B]
-        pick = lambda t: t.gather(1, slot[:, None])[:, 0]
-        shape, z, r = pick(s.shape), pick(s.z), pick(s.radius)
-        xy = s.xy[torch.arange(B, device=device), slot][..., None, None]                        # [B,2,1,1]
-        x, y = (X - xy[:, 0]) / r[:, None, None], (Y - xy[:, 1]) / r[:, None, None]
+    for slot in s.z.argsort(1, descending=True).T:                                    # [B]
+        pick = lambda t: t[torch.arange(B, device=device), slot]
+        shape, (x, y), r = pick(s.shape), pick(s.xy).T[..., None, None], pick(s.radius)[:, None, None]
+        x, y = (X - x) / r, (Y - y) / r                                               # [B,S,S]
         d = torch.full((B, size, size), 9., device=device)
         for k in range(len(SHAPES)):
             rows = ((shape == k) & (slot < s.n)).nonzero()[:, 0]
             d[rows] = distance_field(k, x[rows], y[rows])
-        alpha = (.5 - d * r[:, None, None] * size).clamp(0, 1)                                  # [B,S,S]
+        alpha = (.5 - d * r * size).clamp(0, 1)                                       # [B,S,S]
         image = torch.lerp(image, rgb[pick(s.colour)][:, :, None, None], alpha[:, None])
         instance = torch.where(alpha >= .5, slot[:, None, None] + 1, instance)
-    look_up = lambda t: F.pad(t, (1, 0)).gather(1, instance.flatten(1)).view_as(instance)       # [B,S,S]
-    noise = torch.randn(image.shape, generator=g, device=g.device).to(device)
-    image = (image + .02 * noise).clamp(0, 1)
-    return Rendering(image, look_up(s.shape + 1), instance, look_up(1 - .75 * s.z))
+    look_up = lambda t: F.pad(t, (1, 0)).gather(1, instance.flatten(1)).view_as(instance)  # [B,S,S]
+    image = image + .015 * torch.randn(image.shape, generator=g, device=g.device).to(device)
+    return Rendering(image.clamp(0, 1), look_up(s.shape + 1), instance, look_up(1 - .75 * s.z))
 
 
 def objects(s: Scenes) -> list[list[Object]]:
     """The scenes as lists of Object in reading order."""
-    names = list(COLOURS)
-    rows = zip(s.n.tolist(), s.shape.tolist(), s.colour.tolist(), s.cell.tolist(), s.xy.tolist(), s.z.tolist())
-    return [[Object(SHAPES[sh[k]], names[co[k]], ce[k], *xy[k], z[k]) for k in range(n)]
-            for n, sh, co, ce, xy, z in rows]
+    names, rows = list(COLOURS), zip(*(t.tolist() for t in vars(s).values()))
+    return [[Object(SHAPES[shape[k]], names[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
+            for n, shape, colour, cell, xy, z, _ in rows]
 
 
-# ----------------------------------------------------------------------------------------------------
-# proxy targets: what the model may be taught to generate from a picture. Rendering -> [B, 3, S, S] in [0, 1]
+# ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
 
 def seg(r: Rendering):
     """Semantic segmentation: the palette colour of each pixel's class, never blended."""
-    return (PALETTE.to(r.image.device)[r.classes] / 255).permute(0, 3, 1, 2)                    # [B,3,S,S]
-
-
-def depth(r: Rendering):
-    """Depth map in grey: background black, the nearer the brighter."""
-    return r.depth[:, None].expand_as(r.image)                                                  # [B,3,S,S]
+    return (PALETTE.to(r.image.device)[r.classes] / 255).permute(0, 3, 1, 2)          # [B,3,S,S]
 
 
 def edge(r: Rendering):
     """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
-    grey = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate')                 # [B,1,S+2,S+2]
+    grey = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate')       # [B,1,S+2,S+2]
     kx = torch.tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]], device=grey.device)
-    g = F.conv2d(grey, torch.stack([kx, kx.T])[:, None])                                        # [B,2,S,S]
-    return g.norm(dim=1, keepdim=True).clamp(max=1).expand_as(r.image)
+    g = F.conv2d(grey, torch.stack([kx, kx.T])[:, None])                              # [B,2,S,S]
+    return g.norm(dim=1, keepdim=True).clamp(max=1).expand_as(r.image)                # [B,3,S,S]
 
 
-def recon(r: Rendering):
-    """Reconstruction: the picture itself."""
-    return r.image
+PROXIES = {'seg': seg, 'edge': edge, 'recon': lambda r: r.image,
+           'depth': lambda r: r.depth[:, None].expand_as(r.image)}      # near = bright
 
 
-PROXIES = {'seg': seg, 'depth': depth, 'edge': edge, 'recon': recon}
+# ---- text; objects are listed in reading order: one right order leaves less to guess per word ----
 
-
-# ----------------------------------------------------------------------------------------------------
-# text. Objects are listed in reading order: one right order leaves less to guess per word.
-
-STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 1.5, 'count': 4}       # captions to draw, with weights
+STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 3, 'count': 4}      # captions: how often
 WORDS = {
     'draw': ('{}', 'draw {}', 'a picture of {}'),
     'list': ('describe the picture.', 'what do you see?'),
@@ -228,7 +197,8 @@ WORDS = {
     'exist': ('is there a {}?', 'do you see a {}?'),
     'relation': ('where is the {} relative to the {}?', 'on which side is the {} of the {}?'),
     'depth': ('which is closer, the {} or the {}?', 'what is nearer to you, the {} or the {}?'),
-    'distance': ('which is nearest to the {}, the {} or the {}?', 'what is next to the {}, the {} or the {}?'),
+    'distance': ('which is nearest to the {}, the {} or the {}?',
+                 'what is next to the {}, the {} or the {}?'),
     'where': ('where is the {}?', 'find the {}.'),
     'size': ('is the {} small or large?', 'how large is the {}?'),
     'what': ('what is at the {}?', 'name the object at the {}.'),
@@ -241,7 +211,7 @@ def plural(name):
 
 
 def relation(a: Object, b: Object, margin=1.5):
-    """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None where it is not clear-cut."""
+    """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None if not clear-cut."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > margin * abs(dy):
         return 'left of' if dx < 0 else 'right of'
@@ -253,113 +223,90 @@ def caption(objs: list[Object], style: str, rng: random.Random):
     """A caption in one of STYLES, or None where the style does not fit the objects."""
     names = [f'a {o.shape if style == "bare" else o.name}' for o in objs]
     if style == 'place':
-        return ', '.join(f'{CELLS[o.cell]} a {o.name}' for o in objs)
-    if style == 'relation':
-        a, b = rng.sample(objs, 2) if len(objs) == 2 else (objs[0], objs[0])
+        return ', '.join(f'{CELLS[o.cell]} {name}' for o, name in zip(objs, names))
+    if style == 'relation' and len(objs) == 2:
+        a, b = rng.sample(objs, 2)
         return relation(a, b) and f'a {a.name} {relation(a, b)} a {b.name}'
-    if style == 'count':
-        same = len(objs) > 1 and len({o.shape for o in objs}) == 1
-        return f'{NUMBERS[len(objs)]} {plural(objs[0].shape)}' if same else None
-    if style == 'list' or len(objs) <= 2:
-        return ' and '.join([', '.join(names[:-1])] * (len(names) > 1) + names[-1:])
+    if style == 'count' and len(objs) > 1 and len({o.shape for o in objs}) == 1:
+        return f'{NUMBERS[len(objs)]} {plural(objs[0].shape)}'
+    if style == 'list' or (style == 'bare' and len(objs) <= 2):
+        return ' and '.join(', '.join(names).rsplit(', ', 1))
 
 
 class Questions:
-    """Questions about one scene, a method for each type: (words to fill in, answer), None if there is none.
-
-    Answers are balanced given the question's words: who guesses without looking stays at CHANCE.
-    """
+    """Questions about one scene, balanced given their words: blind guesses stay at CHANCE."""
 
     def __init__(self, objs: list[Object], theme: int, rng: random.Random):
         self.objs, self.theme, self.rng = objs, theme, rng
 
-    def pick(self, candidates):
-        return self.rng.choice(candidates) if candidates else None
-
-    def pick_pair(self, fits):
-        return self.pick([(a, b) for a in self.objs for b in self.objs if fits(a, b)])
-
     def ask(self, kind: str):
-        """-> (question, answer) as text, or None."""
-        found = getattr(self, kind)()
-        return found and (self.rng.choice(WORDS[kind]).format(*found[0]), found[1])
+        """-> (question, answer) as text, or None where the scene allows no such question."""
+        rng = self.rng
+        if kind in ('count', 'exist'):
+            words, answer = getattr(self, kind)()
+        elif kind == 'sum':
+            words = rng.randrange(10), rng.randrange(10)
+            answer = str(sum(words))
+        elif kind == 'more':
+            words = rng.sample(range(10), 2)
+            answer = str(max(words))
+        elif found := self.about(kind):
+            words, answer = rng.choice(found)
+            if kind in ('depth', 'distance'):              # the right one of the last two may be either
+                words = words[:-2] + rng.sample(words[-2:], 2)
+        else:
+            return None
+        return rng.choice(WORDS[kind]).format(*words), answer
+
+    def about(self, kind: str) -> list:
+        """All [words to fill in], answer of a type of question with one right answer here."""
+        objs, gap = self.objs, lambda a, b: math.hypot(a.x - b.x, a.y - b.y)
+        pairs = [(a, b) for a in objs for b in objs]
+        only = lambda key: [o for o in objs if sum(getattr(o, key) == getattr(p, key) for p in objs) == 1]
+        return {
+            'colour': lambda: [([o.shape], o.colour) for o in only('shape')],
+            'shape': lambda: [([o.colour], o.shape) for o in only('colour')],
+            'relation': lambda: [([a.name, b.name], side.replace(' of', ''))
+                                 for a, b in pairs if (side := relation(a, b))],
+            'depth': lambda: [([a.name, b.name], a.name) for a, b in pairs if a.z < b.z - .3],
+            'distance': lambda: [([x.name, a.name, b.name], a.name) for x in objs for a, b in pairs
+                                 if 0 < gap(x, a) < gap(x, b) - .12],
+            'where': lambda: [([o.name], CELLS[o.cell]) for o in objs],
+            'size': lambda: [([o.name], 'large' if o.z < .5 else 'small') for o in objs if abs(o.z - .5) > .1],
+            'what': lambda: [([CELLS[o.cell]], o.name) for o in objs]}[kind]()
 
     def count(self):
         if self.theme < 0 or self.rng.random() < .3:
-            return ('objects',), str(len(self.objs))
+            return ['objects'], str(len(self.objs))
         name = (SHAPES + tuple(COLOURS))[self.theme]
-        return ((plural(name) if name in SHAPES else f'{name} objects',),
-                str(sum(name in (o.shape, o.colour) for o in self.objs)))
-
-    def colour(self):
-        o = self.pick([o for o in self.objs if sum(p.shape == o.shape for p in self.objs) == 1])
-        return o and ((o.shape,), o.colour)
-
-    def shape(self):
-        o = self.pick([o for o in self.objs if sum(p.colour == o.colour for p in self.objs) == 1])
-        return o and ((o.colour,), o.shape)
+        n = sum(name in (o.shape, o.colour) for o in self.objs)
+        return [plural(name) if name in SHAPES else f'{name} objects'], str(n)
 
     def exist(self):
-        """'no' recombines colours and shapes that are there if possible (POPE's adversarial negatives)."""
+        """'no' recombines colours and shapes that are there if possible (as POPE's adversarial)."""
         if self.rng.random() < .5:
-            return (self.pick(self.objs).name,), 'yes'
+            return [self.rng.choice(self.objs).name], 'yes'
         shapes, colours = {o.shape for o in self.objs}, {o.colour for o in self.objs}
         names = {o.name for o in self.objs}
         hard = {f'{c} {s}' for c in colours for s in shapes} - names
         half = {f'{c} {s}' for c in COLOURS for s in SHAPES if c in colours or s in shapes} - names
-        return (self.pick(sorted(hard or half)),), 'no'
-
-    def relation(self):
-        pair = self.pick_pair(relation)
-        return pair and ((pair[0].name, pair[1].name), relation(*pair).replace(' of', ''))
-
-    def depth(self):
-        pair = self.pick_pair(lambda a, b: a.z < b.z - .3)
-        return pair and (self.rng.sample([o.name for o in pair], 2), pair[0].name)
-
-    def distance(self):
-        gap = lambda a, b: math.hypot(a.x - b.x, a.y - b.y)
-        trios = [(x, a, b) for x in self.objs for a in self.objs for b in self.objs
-                 if 0 < gap(x, a) < gap(x, b) - .12]
-        x, *pair = self.pick(trios) or [None]
-        return x and ((x.name, *self.rng.sample([o.name for o in pair], 2)), pair[0].name)
-
-    def where(self):
-        o = self.pick(self.objs)
-        return (o.name,), CELLS[o.cell]
-
-    def size(self):
-        o = self.pick([o for o in self.objs if abs(o.z - .5) > .1])
-        return o and ((o.name,), 'large' if o.z < .5 else 'small')
-
-    def what(self):
-        o = self.pick(self.objs)
-        return (CELLS[o.cell],), o.name
-
-    def sum(self):
-        a, b = self.rng.randrange(10), self.rng.randrange(10)
-        return (a, b), str(a + b)
-
-    def more(self):
-        a, b = self.rng.sample(range(10), 2)
-        return (a, b), str(max(a, b))
+        return [self.rng.choice(sorted(hard or half))], 'no'
 
 
-# ----------------------------------------------------------------------------------------------------
-# text tokens and sequences
+# ---- text tokens and sequences -------------------------------------------------------------------
 
 PATTERN = r""" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"""
 
 
 class Text:
-    """Text <-> token ids, byte-level BPE. Any string encodes; none encodes to the special `answer` or `end`."""
+    """Text <-> token ids, byte-level BPE. No string encodes to the specials `answer` and `end`."""
 
     def __init__(self, vocab: list[bytes]):
         self.vocab = list(vocab)
         self.answer, self.end, self.size = len(vocab), len(vocab) + 1, len(vocab) + 2
-        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PATTERN, special_tokens={},
-                                     mergeable_ranks={token: i for i, token in enumerate(vocab)})
-        self.encode = lru_cache(65536)(self._encode)             # the world's sentences repeat all the time
+        ranks = {token: i for i, token in enumerate(vocab)}
+        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(' ' + ' '.join(text.lower().split())) if text.strip() else []
@@ -369,7 +316,7 @@ class Text:
 
     @staticmethod
     def from_corpus(texts, size=512):
-        """Train BPE (Sennrich et al. 2016, algorithm 1) on the distinct words of `texts`; deterministic."""
+        """Train BPE (Sennrich et al. 2016) on the distinct words of `texts`; deterministic."""
         words = {w for t in texts for w in re.findall(r'\w+|[^\w\s]+', t.lower())}
         words = [[bytes([b]) for b in (' ' + w).encode()] for w in sorted(words)]
         vocab = [bytes([b]) for b in range(256)]
@@ -390,31 +337,26 @@ class Sequence:
     The text is made of turns that all see the picture and do not see each other: many questions about a
     picture cost one pass over it. Codes, where there are any, continue turn 1.
     """
-    text: torch.Tensor                     # [B, T] token ids
-    turn: torch.Tensor                     # [B, T] 1, 2, ..., or -1 for padding
-    target: torch.Tensor | None = None     # [B, T] the token to predict here, -1 = none
-    image: torch.Tensor | None = None      # [B, 3, S, S] in [0, 1], or codes [B, N] if image_input is 'code'
-    codes: torch.Tensor | None = None      # [B, N] codes of the picture to generate
+    text: torch.Tensor                       # [B,T] token ids
+    turn: torch.Tensor                       # [B,T] 1, 2, ..., or -1 for padding
+    target: torch.Tensor | None = None       # [B,T] the token to predict here, -1 = none
+    image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]; codes [B,N] for image_input code
+    codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
 
 
 def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
     """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
-
-    Only the answer and the end token are supervised.
-    """
-    out = []
-    for turns in rows:
-        row = []
+    Only the answer and the end token are supervised."""
+    out = [[] for _ in rows]
+    for row, turns in zip(out, rows):
         for k, (prompt, answer) in enumerate(turns, 1):
-            p = text.encode(prompt)
-            row += [(t, k, -1) for t in p]
+            row += [(t, k, -1) for t in text.encode(prompt)]
             if answer is not None:
                 a = text.encode(answer)
                 row += [(t, k, y) for t, y in zip([text.answer] + a, a + [text.end])]
-        out.append(row)
-    T = max(1, *map(len, out)) if out else 1
-    grid = torch.tensor([row + [(text.end, -1, -1)] * (T - len(row)) for row in out], device=device)  # [B,T,3]
-    return Sequence(*grid.unbind(-1), image=image)
+    T = max(1, *map(len, out))
+    out = [row + [(text.end, -1, -1)] * (T - len(row)) for row in out]
+    return Sequence(*torch.tensor(out, device=device).unbind(-1), image=image)        # [B,T] each
 
 
 class World:
@@ -427,9 +369,10 @@ class World:
     def scenes(self, split: str, index: int, B: int, pixels=True):
         """-> ([(objects, theme)] of B scenes, their Rendering, a random.Random for the text)."""
         scenes = sample_scenes(B, generator(self.seed, split, index))
+        found = list(zip(objects(scenes), scenes.theme.tolist()))
         g = generator(self.seed, split, index + 2**31, self.device)
-        r = render(scenes.to(self.device), self.size, g) if pixels else None
-        return list(zip(objects(scenes), scenes.theme.tolist())), r, random.Random(f'{self.seed}{split}{index}')
+        r = render(scenes.map(lambda t: t.to(self.device)), self.size, g) if pixels else None
+        return found, r, random.Random(f'{self.seed}{split}{index}')
 
     def corpus(self):
         """All kinds of sentences of the world, to train text tokens on."""
@@ -440,23 +383,24 @@ class World:
                 yield from Questions(objs, theme, rng).ask(kind) or ()
         yield from (w for words in WORDS.values() for w in words)
 
-    def questions(self, split, index, B, Q, kinds=VISUAL + REASON, captions=('place',)):
-        """-> (Sequence of B pictures with Q questions each and `captions`, kinds of the turns)."""
+    def questions(self, split, index, B, Q, kinds=VISUAL * 2 + REASON, captions=('place', 'place', 'list')):
+        """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""
         scenes, r, rng = self.scenes(split, index, B)
-        rows, asked = [], []
+        rows = []
         for objs, theme in scenes:
-            turns, ask = [], Questions(objs, theme, rng)
+            turns, ask = [], Questions(objs, theme, rng).ask
             while len(turns) < Q:
                 kind = rng.choice(kinds)
-                if qa := ask.ask(kind):
+                if qa := ask(kind):
                     turns.append((kind, qa))
-            turns += [(c, (rng.choice(WORDS[c]), caption(objs, c, rng))) for c in captions]
-            rows.append([qa for _, qa in turns])
-            asked.append([kind for kind, _ in turns])
-        return pack(self.text, rows, r.image, self.device), asked
+            for c in captions and [rng.choice(captions)]:
+                turns.append((c, (rng.choice(WORDS[c]), caption(objs, c, rng))))
+            rows.append(turns)
+        turns = [[qa for _, qa in row] for row in rows]
+        return pack(self.text, turns, r.image, self.device), [[kind for kind, _ in row] for row in rows]
 
     def drawings(self, split, index, B, drop=.1):
-        """-> (Sequence of prompts, an empty one with probability `drop`, target pictures [B, 3, S, S])."""
+        """-> (Sequence of prompts, a share `drop` of them empty, target pictures [B, 3, S, S])."""
         scenes, r, rng = self.scenes(split, index, B)
         rows = []
         for objs, _ in scenes:
@@ -467,7 +411,8 @@ class World:
         return pack(self.text, rows, device=self.device), r.image
 
     def proxies(self, split, index, B, name):
-        """-> (Sequence of pictures with an instruction, the proxy's maps [B, 3, S, S] to generate, Rendering)."""
+        """-> (Sequence of pictures with an instruction, the proxy's maps to generate, Rendering)."""
         _, r, rng = self.scenes(split, index, B)
-        words = WORDS.get(name + ' map', WORDS.get(name))
-        return pack(self.text, [[(rng.choice(words), None)] for _ in range(B)], r.image), PROXIES[name](r), r
+        words = WORDS['depth map' if name == 'depth' else name]
+        rows = [[(rng.choice(words), None)] for _ in range(B)]
+        return pack(self.text, rows, r.image), PROXIES[name](r), r

@@ -1,7 +1,7 @@
 """The two networks: a VQ tokenizer (pictures <-> codes) and the unified multimodal model (UMM).
 
-Axes: B pictures, T sequence positions, C channels (n_embd), H heads, D channels of a head, K codebook size,
-S side of a picture in pixels, G side of the code grid, N = G*G codes (and patches) of a picture, V text vocabulary.
+Axes: B pictures, T positions in a sequence, C channels (n_embd), H heads, D channels of a head, V text
+vocabulary, K codebook, S side of a picture in pixels, G side of its code grid, N = G*G codes or patches.
 """
 import json
 import os
@@ -38,8 +38,7 @@ class Config:
         return self.size // self.patch
 
 
-# ----------------------------------------------------------------------------------------------------
-# VQ tokenizer
+# ---- VQ tokenizer ----
 
 class VectorQuantizer(nn.Module):
     """Nearest of K unit vectors, learned by exponential moving averages.
@@ -50,53 +49,52 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, K: int, dim: int, decay=.98, dead=.03):
         super().__init__()
-        self.decay, self.dead = decay, dead            # `dead`: uses per batch, averaged, below which to restart
-        self.register_buffer('codebook', F.normalize(torch.randn(K, dim), dim=-1))              # [K, dim]
-        self.register_buffer('count', torch.ones(K))                                            # [K]
-        self.register_buffer('total', self.codebook.clone())                                    # [K, dim]
+        self.decay, self.dead = decay, dead      # restart codes used less than `dead` times a batch
+        self.register_buffer('codebook', F.normalize(torch.randn(K, dim), dim=-1))    # [K, dim]
+        self.register_buffer('count', torch.ones(K))                                  # [K]
+        self.register_buffer('total', self.codebook.clone())                          # [K, dim]
 
     def forward(self, z):
         """z [B, G, G, dim] -> (code vectors [B, G, G, dim], codes [B, G, G], commitment loss)."""
         z = F.normalize(z, dim=-1)
-        codes = (z @ self.codebook.T).argmax(-1)                                                # [B, G, G]
-        e = self.codebook[codes]                                                                # [B, G, G, dim]
+        codes = (z @ self.codebook.T).argmax(-1)                                      # [B, G, G]
+        e = self.codebook[codes]                                                      # [B, G, G, dim]
         if self.training:
-            self.update(z.detach().flatten(0, 2), codes.flatten())                              # [B*G*G, dim]
-        # The codebook is a buffer, so this loss moves the encoder towards the codes and never the reverse.
-        commitment = F.mse_loss(z, e)
-        return z + (e - z).detach(), codes, commitment       # straight-through: gradient of e copied to z
+            self.update(z.detach().flatten(0, 2), codes.flatten())                    # [B*G*G, dim]
+        commitment = F.mse_loss(z, e)       # moves the encoder only: the codebook is a buffer
+        return z + (e - z).detach(), codes, commitment          # straight-through gradient
 
     @torch.no_grad()
     def update(self, z, codes):
-        """Moving averages of how often a code is used and of the vectors it stands for; z [n, dim], codes [n]."""
+        """Moving averages of a code's uses and of the vectors it stands for; z [n, dim], codes [n]."""
         K = len(self.codebook)
         self.count.lerp_(codes.bincount(minlength=K).to(z.dtype), 1 - self.decay)
         self.total.lerp_(torch.zeros_like(self.total).index_add_(0, codes, z), 1 - self.decay)
         dead = self.count < self.dead
-        fresh = z[torch.randint(len(z), (K,), device=z.device)]                                 # [K, dim]
+        fresh = z[torch.randint(len(z), (K,), device=z.device)]                       # [K, dim]
         self.total.copy_(torch.where(dead[:, None], fresh, self.total))
         self.count.masked_fill_(dead, 1.)
         self.codebook.copy_(F.normalize(self.total, dim=-1))
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1 and appendix A.1)."""
+    """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1)."""
 
     def __init__(self, K: int):
         super().__init__()
         bits = K.bit_length() - 1                      # K = 2^bits = 8 * 8 * ... * 2^(bits mod 3)
         levels = torch.tensor([8] * (bits // 3) + ([2 ** (bits % 3)] if bits % 3 else []))
-        self.register_buffer('levels', levels)                                                  # [dim]
-        self.register_buffer('basis', torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0))    # [dim]
-        digits = torch.arange(K)[:, None] // self.basis % levels                                # [K, dim]
-        self.register_buffer('codebook', digits / (levels - 1) * 2 - 1)                         # [K, dim]
+        self.register_buffer('levels', levels)                                        # [dim]
+        self.register_buffer('basis', torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0))  # [dim]
+        digits = torch.arange(K)[:, None] // self.basis % levels                      # [K, dim]
+        self.register_buffer('codebook', digits / (levels - 1) * 2 - 1)               # [K, dim]
 
     def forward(self, z):
         """As VectorQuantizer.forward; there is nothing to commit to, so that loss is 0."""
-        unit = (torch.tanh(z) + 1) / 2                                                          # in (0, 1)
-        digits = (unit * (self.levels - 1)).round()                                             # [B, G, G, dim]
+        z = torch.tanh(z)
+        digits = ((z + 1) / 2 * (self.levels - 1)).round()                            # [B,G,G,dim]
         e, codes = digits / (self.levels - 1) * 2 - 1, (digits.long() * self.basis).sum(-1)
-        return torch.tanh(z) + (e - torch.tanh(z)).detach(), codes, z.new_zeros(())
+        return z + (e - z).detach(), codes, z.new_zeros(())
 
 
 class ResBlock(nn.Module):
@@ -122,52 +120,51 @@ class VQTokenizer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        fsq = c.quantizer == 'fsq'
-        self.quantizer = FiniteScalarQuantizer(c.codebook) if fsq else VectorQuantizer(c.codebook, c.code_dim)
+        self.quantizer = (FiniteScalarQuantizer(c.codebook) if c.quantizer == 'fsq' else
+                          VectorQuantizer(c.codebook, c.code_dim))
         width, pixels, dim = c.vq_width, 3 * c.patch ** 2, self.quantizer.codebook.shape[1]
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(c.patch), nn.Conv2d(pixels, width, 3, padding=1),                 # [B,width,G,G]
-            *[ResBlock(width) for _ in range(c.vq_depth)], nn.Conv2d(width, dim, 1))            # [B,dim,G,G]
+            nn.PixelUnshuffle(c.patch), nn.Conv2d(pixels, width, 3, padding=1),       # [B,width,G,G]
+            *[ResBlock(width) for _ in range(c.vq_depth)], nn.Conv2d(width, dim, 1))  # [B,dim,G,G]
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 1), *[ResBlock(width) for _ in range(c.vq_depth)],            # [B,width,G,G]
-            nn.Conv2d(width, pixels, 3, padding=1), nn.PixelShuffle(c.patch))                   # [B,3,S,S]
+            nn.Conv2d(dim, width, 1), *[ResBlock(width) for _ in range(c.vq_depth)],  # [B,width,G,G]
+            nn.Conv2d(width, pixels, 3, padding=1), nn.PixelShuffle(c.patch))         # [B,3,S,S]
 
     def quantize(self, x):
-        return self.quantizer(self.encoder(x * 2 - 1).permute(0, 2, 3, 1))                      # [B,G,G,dim]
+        return self.quantizer(self.encoder(x * 2 - 1).permute(0, 2, 3, 1))            # [B,G,G,dim]
 
     def reconstruct(self, e):
-        return self.decoder(e.permute(0, 3, 1, 2)) * .5 + .5                                    # [B,3,S,S]
+        return self.decoder(e.permute(0, 3, 1, 2)) * .5 + .5                          # [B,3,S,S]
 
     def forward(self, x):
-        """x [B, 3, S, S] in [0, 1] -> (reconstruction [B, 3, S, S], codes [B, G, G], commitment loss)."""
+        """x [B, 3, S, S] in [0, 1] -> (reconstruction alike, codes [B, G, G], commitment loss)."""
         e, codes, commitment = self.quantize(x)
         return self.reconstruct(e), codes, commitment
 
     @torch.no_grad()
     def encode(self, x):
         """Pictures [B, 3, S, S] in [0, 1] -> codes [B, N], row by row."""
-        return self.quantize(x)[1].flatten(1)                                                   # [B,N]
+        return self.quantize(x)[1].flatten(1)                                         # [B,N]
 
     @torch.no_grad()
     def decode(self, codes):
         """Codes [B, N] -> pictures [B, 3, S, S] in [0, 1]."""
-        e = self.quantizer.codebook[codes].unflatten(1, (self.c.grid, self.c.grid))             # [B,G,G,dim]
+        e = self.quantizer.codebook[codes].unflatten(1, (self.c.grid, self.c.grid))   # [B,G,G,dim]
         return self.reconstruct(e).clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------
-# the unified multimodal model
+# ---- the unified multimodal model ----
 
-def rope_table(length: int, dim: int, base=10000.):
+def rope_table(length: int, dim: int, base=100.):
     """cos and sin [length, dim/2] of rotary position embedding (Su et al. 2021, section 3.2.2)."""
-    angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)             # [length,dim/2]
+    angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)   # [length,dim/2]
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + D/2) of x [B, H, T, D] by their position; cos, sin [B, 1, T, D/2]."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)                            # [B,H,T,D]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)                  # [B,H,T,D]
 
 
 def attention(q, k, v, mask):
@@ -175,7 +172,7 @@ def attention(q, k, v, mask):
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # On a CPU the fused kernel's backward is slower than plain matrix products at these lengths.
-    scores = (q * q.shape[-1] ** -.5) @ k.mT                                                    # [B,H,T,keys]
+    scores = (q * q.shape[-1] ** -.5) @ k.mT                                          # [B,H,T,keys]
     return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
 
 
@@ -188,7 +185,7 @@ class KV:
     def append(self, k, v):
         """k, v [B, H, T, D] -> all keys and all values so far, each [B, H, used, D]."""
         if self.buffer is None:
-            self.kv = (k, v) if self.kv is None else (torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2))
+            self.kv = [torch.cat(pair, 2) for pair in zip(self.kv, (k, v))] if self.kv else (k, v)
             return self.kv
         start, self.used = self.used, self.used + k.shape[2]
         self.buffer[0, :, :, start:self.used], self.buffer[1, :, :, start:self.used] = k, v
@@ -196,7 +193,7 @@ class KV:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: RMSNorm, attention with QK-norm and RoPE, squared-ReLU MLP, no biases."""
+    """Pre-norm transformer block: RMSNorm, attention with QK-norm and RoPE, squared-ReLU MLP."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -209,22 +206,22 @@ class Block(nn.Module):
             nn.init.zeros_(out.weight)                 # every block starts as the identity
 
     def forward(self, x, rope, mask, kv: KV):
-        """x [B, T, C] -> [B, T, C]; mask [B, 1, T, keys] is added to the scores; kv holds what came before."""
+        """x [B, T, C] -> [B, T, C]; mask [B, 1, T, keys] is added to the scores; kv: what came first."""
         B, T, C = x.shape
-        qkv = self.qkv(F.rms_norm(x, (C,))).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # [3,B,H,T,D]
-        q, k, v = qkv.unbind()                                                                  # [B,H,T,D] each
+        qkv = self.qkv(F.rms_norm(x, (C,))).view(B, T, 3, self.n_head, -1)            # [B,T,3,H,D]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                                 # [B,H,T,D]
         q, k = (rotate(F.rms_norm(t, t.shape[-1:]), *rope) for t in (q, k))
         y = attention(q, *kv.append(k, v), mask)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))                                   # [B,T,C]
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))                         # [B,T,C]
         return x + self.down(F.relu(self.up(F.rms_norm(x, (C,)))).square())
 
 
 class UMM(nn.Module):
     """One decoder-only transformer that reads and writes both text and pictures.
 
-    A sequence is [picture][text][codes]. The picture is read bidirectionally and never sees what follows;
-    text and codes are causal. Each modality has its own embedding and its own head, and a head is computed
-    only where its loss lives. Source patch (r, c) and target code (r, c) share their 2-D position embedding.
+    A sequence is [picture][text][codes]. The picture is read bidirectionally and never sees what
+    follows; text and codes are causal. Each modality has its own embedding and head; a head is computed
+    only where its loss lives. Source patch (r, c) and target code (r, c) share their 2-D position.
     """
 
     def __init__(self, c: Config):
@@ -244,45 +241,51 @@ class UMM(nn.Module):
         for table in (self.text_embed, self.code_embed):
             nn.init.normal_(table.weight, std=.7)
         for head in (self.text_head, self.pixel_head):
-            nn.init.zeros_(head.weight)                            # the first loss is exactly ln V or ln K
-        for name, table in zip(('cos', 'sin'), rope_table(2 * N + 512, C // c.n_head)):
-            self.register_buffer(name, table, persistent=False)
+            nn.init.zeros_(head.weight)                      # the first loss is exactly ln V or ln K
+        for name, table in zip(('cos', 'sin'), rope_table(c.grid + 512, C // c.n_head // 2)):
+            self.register_buffer(name, table, persistent=False)                       # [positions,D/4]
+        rc = torch.cartesian_prod(torch.arange(c.grid), torch.arange(c.grid))         # [N,2]
+        self.register_buffer('rc', rc, persistent=False)
 
     @property
     def max_text(self) -> int:
         """Longest text, in tokens, that fits beside a picture and its codes."""
-        return len(self.cos) - 2 * self.c.grid ** 2
+        return len(self.cos) - self.c.grid
 
     def position(self):
-        return (self.row + self.col).flatten(0, 1)                                              # [N,C]
+        return (self.row + self.col).flatten(0, 1)                                    # [N,C]
 
-    def rope(self, pos):
-        return self.cos[pos][:, None], self.sin[pos][:, None]                                   # [B,1,T,D/2]
+    def rope(self, at):
+        """2-D rotary positions: half of the channels turn by row, half by column; at [B, T, 2]. Text
+        moves along the diagonal, as in M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1)."""
+        return self.cos[at].flatten(2)[:, None], self.sin[at].flatten(2)[:, None]     # [B,1,T,D/2]
 
     def embed_image(self, image):
         """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
         if self.c.image_input == 'code':
             x = self.code_embed(image)
         else:
-            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                            # [B,3*p*p,G,G]
-            x = self.patch_embed(patches.flatten(2).mT)                                         # [B,N,C]
+            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                  # [B,3*p*p,G,G]
+            x = self.patch_embed(patches.flatten(2).mT)                               # [B,N,C]
         return x + self.position() + self.source
 
     def hidden(self, s: Sequence, kvs: list[KV] | None = None):
-        """Last hidden states at the text and the codes, [B, T (+ N), C]; `kvs` keeps keys for generation."""
+        """-> last hidden states at text and codes, [B, T (+ N), C]; kvs: where keys and values go."""
         B, N = len(s.text), self.c.grid ** 2
         x, turn = self.text_embed(s.text), s.turn
-        if s.codes is not None:            # codes move one to the right; the sum at n says: now draw patch n
-            shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)                     # [B,N]
-            x = torch.cat([x, self.code_embed(shifted) + self.position()], 1)                   # [B,T+N,C]
-            turn = F.pad(turn, (0, N), value=1)                                                 # [B,T+N]
-        see = (turn[:, :, None] == turn[:, None, :]).tril()        # [B,T,T] earlier tokens of the same turn
-        rope = self.rope(N - 1 + see.sum(-1))                      # every turn starts right after the picture
+        if s.codes is not None:      # shifted by one: the input at n is code n - 1 and the position of n
+            shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)           # [B,N]
+            x = torch.cat([x, self.code_embed(shifted) + self.position()], 1)         # [B,T+N,C]
+            turn = F.pad(turn, (0, N), value=1)                                       # [B,T+N]
+        see = (turn[:, :, None] == turn[:, None, :]).tril()  # [B,T,T] earlier tokens of the same turn
+        at = (self.c.grid - 1 + see.sum(-1))[..., None].repeat(1, 1, 2)               # [B,T,2]
+        if s.codes is not None:
+            at[:, -N:] = self.rc         # a code stands where its source patch stands, text after them
+        rope = self.rope(at)
         if s.image is not None:
-            image = self.embed_image(s.image)                                                   # [B,N,C]
-            image_rope = self.rope(torch.arange(N, device=x.device)[None])
-            see = F.pad(see, (N, 0), value=True)                                                # [B,T,N+T]
-        mask = torch.where(see, 0., -1e4).to(x.dtype)[:, None]                                  # [B,1,T,keys]
+            image, image_rope = self.embed_image(s.image), self.rope(self.rc[None])   # [B,N,C]
+            see = F.pad(see, (N, 0), value=True)                                      # [B,T,N+T]
+        mask = torch.where(see, 0., -1e4).to(x.dtype)[:, None]                        # [B,1,T,keys]
         for block, kv in zip(self.blocks, kvs or [KV() for _ in self.blocks]):
             if s.image is not None:
                 image = block(image, image_rope, None, kv)
@@ -290,13 +293,13 @@ class UMM(nn.Module):
         return F.rms_norm(x, x.shape[-1:])
 
     def forward(self, s: Sequence):
-        """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None where it has no target."""
+        """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None without a target."""
         x = self.hidden(s)
         text = pixel = None
         if s.target is not None and (keep := s.target >= 0).any():
             text = F.cross_entropy(self.text_head(x[:, :s.text.shape[1]][keep]).float(), s.target[keep])
         if s.codes is not None:
-            logits = self.pixel_head(x[:, -s.codes.shape[1]:])                                  # [B,N,K]
+            logits = self.pixel_head(x[:, -s.codes.shape[1]:])                        # [B,N,K]
             pixel = F.cross_entropy(logits.flatten(0, 1).float(), s.codes.flatten())
         return text, pixel
 
@@ -306,41 +309,43 @@ class UMM(nn.Module):
         """Continue [picture][text], one turn per row, token by token with a preallocated KV cache.
 
         first: None draws the N codes of a picture; else the text token that opens an answer, of at most
-        `length` tokens, ended by `stop`. cfg: classifier-free guidance scale g, logits = u + g (c - u) with u
-        the logits without the text (Ho & Salimans 2022, eq. 6 with g = 1 + w); 1 = off. temperature 0 = greedy;
-        top_k 0 = all. -> tokens [B, n], and their logits [B, n, K or V] with keep_logits.
+        `length` tokens, ended by `stop`. cfg: classifier-free guidance scale g, logits u + g (c - u), u
+        without the text (Ho & Salimans 2022, eq. 6, g = 1 + w); 1 = off. temperature 0: greedy; top_k 0:
+        all tokens. -> tokens [B, n], and with keep_logits their logits [B, n, K or V].
         """
-        B, N, draw, guided = len(s.text), self.c.grid ** 2, first is None, cfg != 1
+        (B, T), H, draw, guided = s.text.shape, self.c.n_head, first is None, cfg != 1
         if guided:                         # second half of the batch: the same without its text
-            s = Sequence(s.text.repeat(2, 1), torch.cat([s.turn, torch.full_like(s.turn, -1)]),
-                         image=None if s.image is None else s.image.repeat(2, *[1] * (s.image.dim() - 1)))
-        length = N if draw else length
-        known = 0 if s.image is None else N
-        size = (2, len(s.text), self.c.n_head, known + s.text.shape[1] + length, self.c.n_embd // self.c.n_head)
+            image = None if s.image is None else torch.cat([s.image, s.image])
+            turn = torch.cat([s.turn, torch.full_like(s.turn, -1)])                   # [2B,T]
+            s = Sequence(s.text.repeat(2, 1), turn, None, image)
+        length = len(self.rc) if draw else length
+        known = 0 if s.image is None else len(self.rc)
+        size = (2, len(s.text), H, known + T + length, self.c.n_embd // H)
         kvs = [KV(torch.zeros(size, device=s.text.device, dtype=self.row.dtype)) for _ in self.blocks]
-        self.hidden(s, kvs)                                                                     # fill the cache
-        see = F.pad(F.pad(s.turn == 1, (known, 0), value=True), (0, length), value=True)        # [B,keys]
-        mask = torch.where(see, 0., -1e4)[:, None, None]                                        # [B,1,1,keys]
-        start = N + (s.turn == 1).sum(1, keepdim=True)                                          # [B,1]
+        self.hidden(s, kvs)                # fills the cache
+        see = F.pad(F.pad(s.turn == 1, (known, 0), value=True), (0, length), value=True)    # [B,keys]
+        mask = torch.where(see, 0., -1e4)[:, None, None]                              # [B,1,1,keys]
+        start = self.c.grid + (s.turn == 1).sum(1)[:, None, None]                     # [B,1,1]
         token = torch.full((B,), self.c.codebook if draw else first, device=s.text.device)
         tokens, kept, done = [], [], torch.zeros(B, dtype=torch.bool, device=s.text.device)
         for i in range(length):
-            x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)     # [B,C]
-            x, rope = x.repeat(1 + guided, 1)[:, None], self.rope(start + i)                    # [B,1,C]
+            x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)  # [B,C]
+            x = x.repeat(1 + guided, 1)[:, None]                                      # [B,1,C]
+            rope = self.rope(self.rc[None, i:i + 1] if draw else (start + i).repeat(1, 1, 2))
             for block, kv in zip(self.blocks, kvs):
                 x = block(x, rope, mask[..., :kv.used + 1], kv)
             x = F.rms_norm(x, x.shape[-1:])[:, 0]
-            logits = (self.pixel_head if draw else self.text_head)(x).float()                   # [B,K or V]
+            logits = (self.pixel_head if draw else self.text_head)(x).float()         # [B,K or V]
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + cfg * (c - u)
-            token = pick(logits, temperature, top_k, generator)                                 # [B]
+            token = pick(logits, temperature, top_k, generator)                       # [B]
             tokens.append(token)
             kept += [logits] if keep_logits else []
             done |= token == stop
             if done.all():
                 break
-        tokens = torch.stack(tokens, 1)                                                         # [B,n]
+        tokens = torch.stack(tokens, 1)                                               # [B,n]
         return (tokens, torch.stack(kept, 1)) if keep_logits else tokens
 
 
@@ -353,14 +358,14 @@ def pick(logits, temperature: float, top_k: int, generator=None):
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------
-# files: safetensors only, with config and text vocabulary as JSON in the header; nothing is ever unpickled
+# ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
 
 def save(path, tensors: dict, meta: dict):
     """Write tensors and meta to `path`, whole or not at all: a temporary file, fsync, then rename."""
     path, part = Path(path), Path(f'{path}.part')
     try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part, {'nanoumm': json.dumps(meta)})
+        tensors = {k: t.detach().contiguous() for k, t in tensors.items()}
+        save_file(tensors, part, {'nanoumm': json.dumps(meta)})
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -371,7 +376,7 @@ def save(path, tensors: dict, meta: dict):
 
 
 def load(path, device='cpu'):
-    """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not a sound one."""
+    """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not sound."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: make one with `python train.py`, or name yours')
@@ -393,7 +398,7 @@ def load(path, device='cpu'):
     bad = [k for k, shape in want.items() if k not in tensors or tensors[k].shape != shape
            or not tensors[k].isfinite().all()]
     if bad:
-        raise UserError(f'{path} does not fit its own config: tensor {bad[0]} is missing, misshapen or not finite')
+        raise UserError(f'{path} does not fit its config: {bad[0]} is missing, misshapen or infinite')
     tok, umm = VQTokenizer(c), UMM(c)
     for name, m in (('tokenizer', tok), ('umm', umm)):
         m.load_state_dict({k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + '.')})

@@ -1,0 +1,165 @@
+"""The commands as a user types them, the README, and bad input: one clear line, exit 2, nothing half-written."""
+import io
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import sample
+from data import UserError
+
+
+def run(script, *args, cwd):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def folder(run_dir, tmp_path_factory):
+    """A folder with out/test/ in it, as the README's commands leave it."""
+    folder = tmp_path_factory.mktemp('user')
+    (folder / 'out').mkdir()
+    (folder / 'out' / 'test').symlink_to(run_dir, target_is_directory=True)
+    Image.new('RGB', (50, 40), 'red').save(folder / 'photo.png')
+    return folder
+
+
+def test_readme_commands(folder):
+    """Every sample.py and eval.py command of the README runs, at tiny size, from any folder."""
+    text = (ROOT / 'README.md').read_text()
+    commands = [line.split('#')[0].strip() for line in re.findall(r'^(?:python (?:sample|eval)\.py .*)$', text, re.M)]
+    assert len(commands) >= 5
+    for line in commands:
+        words = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', line)]
+        words = [w.replace('out/cpu', 'out/test') for w in words[1:]]
+        words = ['photo.png' if w.endswith('.png') and words[i - 1] != '--out' else w for i, w in enumerate(words)]
+        extra = ['--run', 'out/test', '--n', '16'] if words[0] == 'eval.py' else []
+        done = run(words[0], *words[1:], *extra, cwd=folder)
+        assert done.returncode == 0, (line, done.stderr)
+
+
+def test_readme_says_how_long_the_files_are():
+    text = (ROOT / 'README.md').read_text()
+    for name in ('data.py', 'model.py', 'eval.py', 'train.py', 'sample.py'):
+        stated = int(re.search(rf'`{name}` \((\d+) lines\)', text)[1])
+        actual = len((ROOT / name).read_text().splitlines())
+        assert abs(stated - actual) <= .1 * actual, (name, stated, actual)
+
+
+def test_house_rules():
+    """Budgets that keep the code readable, and imports that go one way."""
+    order, total = ['data', 'model', 'eval', 'train'], 0
+    for name in (*order, 'sample'):
+        lines = (ROOT / f'{name}.py').read_text().splitlines()
+        total += len(lines)
+        assert len(lines) <= 400 and max(map(len, lines)) <= 105, name
+        used = {m for line in lines for m in re.findall(r'^(?:from|import) (data|model|eval|train|sample)\b', line)}
+        later = order[order.index(name):] if name in order else ['train']
+        assert not used & set(later), name
+    assert total <= 1700
+
+
+def test_draw_is_seeded_and_writes_a_picture(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    pixels = []
+    for seed in (0, 0, 1):
+        sample.main(['draw', 'a red circle', '--n', '3', '--seed', str(seed), '--out', 'd.png'])
+        pixels.append(np.array(Image.open('d.png')))
+    assert (pixels[0] == pixels[1]).all() and (pixels[0] != pixels[2]).any()
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'I;16', 'F'])
+@pytest.mark.parametrize('shape', [(1, 1), (3, 200)])
+def test_pictures_of_any_mode_and_size(tmp_path, mode, shape):
+    im = Image.new(mode, shape)
+    path = tmp_path / ('x.tif' if mode in ('LAB', 'F', 'CMYK', 'YCbCr') else 'x.png')
+    try:
+        im.save(path)
+    except OSError:
+        pytest.skip('no such file format')
+    x = sample.read_image(path, 16)
+    assert x.shape == (1, 3, 16, 16) and 0 <= x.min() and x.max() <= 1
+
+
+def test_pictures_are_read_right(tmp_path):
+    """Area filter, white behind transparency, upright by EXIF, first frame of an animation, 16 bits scaled."""
+    a = np.zeros((64, 64, 3), np.uint8)
+    a[::2, :32] = 255
+    Image.fromarray(a).save(tmp_path / 'a.png')
+    x = sample.read_image(tmp_path / 'a.png', 16)[0, 0]
+    assert torch.allclose(x[:, :8], torch.tensor(.5), atol=.01) and x[:, 8:].max() == 0
+    Image.new('RGBA', (9, 9), (255, 0, 0, 0)).save(tmp_path / 'b.png')
+    assert sample.read_image(tmp_path / 'b.png', 16).min() == 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    im = Image.new('RGB', (64, 64))
+    im.paste((255, 255, 255), (0, 0, 64, 32))
+    im.save(tmp_path / 'c.jpg', exif=exif)
+    x = sample.read_image(tmp_path / 'c.jpg', 16)[0, 0]
+    assert x[:, 12:].min() > .9 and x[:, :4].max() < .1
+    Image.fromarray(np.linspace(0, 65535, 4096).reshape(64, 64).astype(np.uint16)).save(tmp_path / 'd.png')
+    x = sample.read_image(tmp_path / 'd.png', 16)[0, 0]
+    assert x[0].mean() < .1 and x[-1].mean() > .9
+
+
+def bomb():
+    """A PNG header that claims 60,000 x 60,000 pixels."""
+    f = io.BytesIO()
+    Image.new('L', (4, 4)).save(f, 'PNG')
+    b = bytearray(f.getvalue())
+    b[16:24] = (60000).to_bytes(4, 'big') * 2
+    import zlib
+    b[29:33] = zlib.crc32(bytes(b[12:29])).to_bytes(4, 'big')
+    return bytes(b)
+
+
+def test_bad_pictures(tmp_path, folder):
+    good = (folder / 'photo.png').read_bytes()
+    path = tmp_path / 'x.png'
+    for content in (b'', b'hello', good[:20], good[:60], bomb()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='x.png'):
+            sample.read_image(path, 16)
+    with pytest.raises(UserError, match='no picture'):
+        sample.read_image(tmp_path / 'none.png', 16)
+    with pytest.raises(UserError):
+        sample.read_image(tmp_path, 16)
+
+
+@pytest.mark.parametrize('args,named', [
+    (['draw', ''], 'empty'), (['draw', 'a ' * 10000], 'tokens'), (['ask', 'photo.png', ' '], 'empty'),
+    (['draw', 'x', '--n', '0'], '--n is 0'), (['draw', 'x', '--temperature', '-1'], 'temperature'),
+    (['draw', 'x', '--cfg', 'nan'], 'cfg'), (['draw', 'x', '--out', 'none/x.png'], 'none/x.png'),
+    (['draw', 'x', '--checkpoint', 'none'], 'train.py'), (['draw', 'x', '--checkpoint', 'photo.png'], 'photo.png'),
+    (['ask', 'none.png', 'how many?'], 'none.png'), (['segment', 'out'], 'out')])
+def test_bad_input_is_one_line_and_exit_2(folder, args, named, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob('*'))
+    with pytest.raises(SystemExit) as e:
+        data.guard(lambda: sample.main(args))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and named in err
+    assert sorted(folder.rglob('*')) == before
+
+
+def test_special_token_look_alikes_are_plain_text(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    sample.main(['ask', 'photo.png', '<|end|><|answer|> how many?'])
+
+
+def test_no_checkpoint_names_the_command_that_makes_one(tmp_path):
+    done = run('sample.py', 'draw', 'x', cwd=tmp_path)
+    assert done.returncode == 2 and 'python train.py' in done.stderr and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('script', ['train.py', 'eval.py', 'sample.py'])
+def test_help_and_unknown_flags(tmp_path, script):
+    assert run(script, '-h', cwd=tmp_path).returncode == 0
+    done = run(script, *(['draw', 'x'] if script == 'sample.py' else []), '--colour', '1', cwd=tmp_path)
+    assert done.returncode == 2 and '--colour' in done.stderr and 'Traceback' not in done.stderr

@@ -1,0 +1,216 @@
+"""Networks against naive code, and the properties that generation rests on."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model
+from data import Sequence
+from model import Config, UMM, VQTokenizer
+
+
+@pytest.fixture(scope='module', params=['patch', 'code'])
+def umm(request):
+    torch.manual_seed(0)
+    m = UMM(Config(size=16, codebook=32, vocab=60, n_layer=2, n_head=2, n_embd=32, image_input=request.param))
+    for p in m.parameters():                   # zero-initialised layers would hide mistakes
+        torch.nn.init.normal_(p, std=.3)
+    return m.eval()
+
+
+def sequence(m, B=3, T=7, picture=True, codes=True, pad=True):
+    g = torch.Generator().manual_seed(1)
+    turn = torch.ones(B, T, dtype=torch.long)
+    if pad:
+        turn[1, 4:] = -1
+    image = torch.rand(B, 3, 16, 16, generator=g)
+    if m.c.image_input == 'code':
+        image = torch.randint(32, (B, 16), generator=g)
+    return Sequence(torch.randint(60, (B, T), generator=g), turn, image=image if picture else None,
+                    codes=torch.randint(32, (B, 16), generator=g) if codes else None)
+
+
+def test_attention_against_a_naive_loop():
+    q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.double).unbind()
+    mask = torch.where(torch.rand(2, 1, 5, 5) < .7, 0., -1e4).double()
+    mask[..., 0] = 0
+    y = model.attention(q, k, v, mask)
+    for b in range(2):
+        for h in range(2):
+            for i in range(5):
+                w = [math.exp(sum(q[b, h, i] * k[b, h, j]) / 2 + mask[b, 0, i, j]) for j in range(5)]
+                want = sum(w[j] / sum(w) * v[b, h, j] for j in range(5))
+                assert torch.allclose(y[b, h, i], want, atol=1e-9)
+
+
+def test_rope_depends_on_distance_only():
+    cos, sin = model.rope_table(50, 8)
+    q, k = torch.randn(2, 1, 1, 1, 8).unbind()
+    at = lambda x, i: model.rotate(x, cos[i][None, None, None], sin[i][None, None, None])
+    dots = [(at(q, i) * at(k, i + 7)).sum().item() for i in (0, 3, 40)]
+    assert dots == pytest.approx([dots[0]] * 3, abs=1e-5)
+    assert at(q, 5).norm().item() == pytest.approx(q.norm().item(), abs=1e-5)
+
+
+def test_text_and_codes_are_causal(umm):
+    s = sequence(umm, pad=False)
+    x = umm.hidden(s)
+    text, codes = s.text.clone(), s.codes.clone()
+    text[:, 4], codes[:, 9] = (text[:, 4] + 1) % 60, (codes[:, 9] + 1) % 32
+    y = umm.hidden(Sequence(text, s.turn, image=s.image, codes=s.codes))
+    assert torch.equal(x[:, :4], y[:, :4]) and not torch.allclose(x[:, 4:], y[:, 4:])
+    z = umm.hidden(Sequence(s.text, s.turn, image=s.image, codes=codes))
+    assert torch.equal(x[:, :7 + 10], z[:, :7 + 10])           # code 9 is an input from position 10 on
+    assert not torch.allclose(x[:, 7 + 10:], z[:, 7 + 10:])
+
+
+def test_a_code_is_predicted_without_seeing_it(umm):
+    """No target leaks into its own logits: they are the same whatever that code and all later ones are."""
+    s = sequence(umm)
+    a = umm.pixel_head(umm.hidden(s)[:, -16:])
+    codes = s.codes.clone()
+    codes[:, 5:] = (codes[:, 5:] + 3) % 32
+    b = umm.pixel_head(umm.hidden(Sequence(s.text, s.turn, image=s.image, codes=codes))[:, -16:])
+    assert torch.equal(a[:, :6], b[:, :6])
+
+
+def test_turns_do_not_see_each_other_and_all_see_the_picture(umm):
+    s = sequence(umm, codes=False, pad=False)
+    s.turn[:, 4:] = 2
+    x = umm.hidden(s)
+    alone = umm.hidden(Sequence(s.text[:, 4:], torch.ones(3, 3, dtype=torch.long), image=s.image))
+    assert torch.allclose(x[:, 4:], alone, atol=1e-5)
+    other = umm.hidden(Sequence(s.text, s.turn, image=s.image.flip(0)))
+    assert not torch.allclose(x[0, 0], other[0, 0]) and not torch.allclose(x[0, 4], other[0, 4])
+
+
+def test_padding_changes_nothing(umm):
+    s = sequence(umm, pad=False)
+    padded = Sequence(F.pad(s.text, (0, 3)), F.pad(s.turn, (0, 3), value=-1), image=s.image, codes=s.codes)
+    x, y = umm.hidden(s), umm.hidden(padded)
+    assert torch.allclose(x[:, :7], y[:, :7], atol=1e-5) and torch.allclose(x[:, 7:], y[:, 10:], atol=1e-5)
+
+
+def test_the_picture_is_read_in_both_directions(umm):
+    """The first patch's keys in layer 2 depend on the last patch."""
+    s = sequence(umm, codes=False)
+    kvs = [[model.KV() for _ in umm.blocks] for _ in range(2)]
+    umm.hidden(s, kvs[0])
+    image = s.image.clone()
+    image[..., -1] = (image[..., -1] + 1) % 32 if umm.c.image_input == 'code' else 1 - image[..., -1]
+    umm.hidden(Sequence(s.text, s.turn, image=image), kvs[1])
+    assert not torch.allclose(kvs[0][1].kv[0][:, :, 0], kvs[1][1].kv[0][:, :, 0])
+
+
+@pytest.mark.parametrize('picture', [True, False])
+@pytest.mark.parametrize('cfg', [1., 2.5])
+def test_cached_generation_equals_uncached(umm, picture, cfg):
+    s = sequence(umm, picture=picture, codes=False)
+    codes, logits = umm.generate(s, cfg=cfg, temperature=0, keep_logits=True)
+    full = Sequence(s.text, s.turn, image=s.image, codes=codes)
+    want = umm.pixel_head(umm.hidden(full)[:, -16:])
+    if cfg != 1:
+        full.turn = torch.full_like(s.turn, -1)
+        u = umm.pixel_head(umm.hidden(full)[:, -16:])
+        want = u + cfg * (want - u)
+    assert torch.allclose(logits, want, atol=2e-4) and torch.equal(codes, want.argmax(-1))
+
+
+def test_cached_answers_equal_uncached(umm):
+    s = sequence(umm, codes=False, pad=False)
+    tokens, logits = umm.generate(s, first=58, stop=-1, length=6, temperature=0, keep_logits=True)
+    text = torch.cat([s.text, torch.full((3, 1), 58), tokens[:, :-1]], 1)
+    x = umm.hidden(Sequence(text, torch.ones_like(text), image=s.image))
+    assert torch.allclose(logits, umm.text_head(x[:, -6:]), atol=2e-4)
+
+
+def test_sampling_is_seeded_and_top_k_limits(umm):
+    s = sequence(umm, codes=False)
+    draw = lambda seed, **k: umm.generate(s, generator=torch.Generator().manual_seed(seed), **k)
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert torch.equal(draw(0, top_k=1), umm.generate(s, temperature=0))
+
+
+def test_losses_are_per_head_means_and_start_at_ln_of_the_vocabulary():
+    m = UMM(Config(size=16, codebook=32, vocab=60, n_layer=1, n_head=2, n_embd=32))
+    s = sequence(m)
+    s.target = torch.full_like(s.text, -1)
+    s.target[:, 2] = 5
+    text, pixel = m(s)
+    assert text.item() == pytest.approx(math.log(60), abs=1e-5)
+    assert pixel.item() == pytest.approx(math.log(32), abs=1e-5)
+    s.target[:] = -1
+    s.codes = None
+    assert m(s) == (None, None)
+
+
+def test_loss_against_naive_cross_entropy(umm):
+    s = sequence(umm)
+    s.target = torch.full_like(s.text, -1)
+    s.target[0, 1], s.target[2, 5] = 7, 9
+    text, pixel = umm(s)
+    x = umm.hidden(s)
+    logp = umm.text_head(x).log_softmax(-1)
+    assert text.item() == pytest.approx(-(logp[0, 1, 7] + logp[2, 5, 9]).item() / 2, abs=1e-5)
+    logp = umm.pixel_head(x[:, -16:]).log_softmax(-1)
+    want = -sum(logp[b, i, s.codes[b, i]] for b in range(3) for i in range(16)) / 48
+    assert pixel.item() == pytest.approx(want.item(), abs=1e-5)
+
+
+# --- tokenizer
+
+@pytest.mark.parametrize('quantizer', ['vq', 'fsq'])
+def test_tokenizer_round_trip_shapes_and_straight_through(quantizer):
+    tok = VQTokenizer(Config(size=16, codebook=64, vq_width=16, vq_depth=1, quantizer=quantizer))
+    x = torch.rand(3, 3, 16, 16)
+    y, codes, commitment = tok(x)
+    assert y.shape == x.shape and codes.shape == (3, 4, 4) and 0 <= codes.min() and codes.max() < 64
+    y.sum().backward()
+    assert tok.encoder[1].weight.grad.abs().sum() > 0          # the gradient passes through the codes
+    tok.eval()
+    codes = tok.encode(x)
+    assert codes.shape == (3, 16) and torch.allclose(tok.decode(codes), tok(x)[0].clamp(0, 1), atol=1e-6)
+
+
+def test_fsq_codes_name_their_own_vectors():
+    fsq = model.FiniteScalarQuantizer(64)
+    z = torch.atanh(fsq.codebook.clamp(-.999, .999)).view(8, 8, 1, -1)
+    assert torch.equal(fsq(z)[1].flatten(), torch.arange(64))
+
+
+def test_commitment_moves_the_encoder_never_the_codebook():
+    vq = model.VectorQuantizer(16, 4)
+    z = torch.randn(2, 3, 3, 4, requires_grad=True)
+    book = vq.codebook.clone()
+    vq.eval()
+    e, codes, commitment = vq(z)
+    commitment.backward()
+    assert z.grad.abs().sum() > 0 and torch.equal(book, vq.codebook) and not list(vq.parameters())
+    step = F.normalize(z - .1 * z.grad, dim=-1)
+    assert F.mse_loss(step, vq.codebook[codes]) < commitment
+
+
+def test_codebook_moving_average_against_naive():
+    vq = model.VectorQuantizer(4, 2, decay=.9, dead=0.)
+    z = F.normalize(torch.randn(1, 2, 3, 2), dim=-1)
+    count, total = vq.count.clone(), vq.total.clone()
+    codes = vq(z)[1].flatten()
+    for k in range(4):
+        mine = z.view(-1, 2)[codes == k]
+        count[k] = .9 * count[k] + .1 * len(mine)
+        total[k] = .9 * total[k] + .1 * mine.sum(0)
+    assert torch.allclose(vq.count, count) and torch.allclose(vq.total, total, atol=1e-6)
+    assert torch.allclose(vq.codebook, F.normalize(total, dim=-1), atol=1e-6)
+
+
+def test_dead_codes_come_back():
+    torch.manual_seed(0)
+    vq = model.VectorQuantizer(32, 4)
+    vq.codebook[:] = F.normalize(torch.tensor([1., 0, 0, 0]) + .01 * torch.randn(32, 4), dim=-1)
+    vq.total.copy_(vq.codebook)
+    z = torch.randn(8, 4, 4, 4)
+    for _ in range(400):
+        codes = vq(z)[1]
+    assert len(codes.unique()) > 20
