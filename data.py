@@ -26,17 +26,17 @@ CLASSES = ('background',) + SHAPES
 PALETTE = torch.tensor([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)])
 CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
-MAX_OBJECTS = 4
 CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4,
           'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
 VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
+KINDS = VISUAL * 2 + REASON    # what training asks, and how often
 NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
 SPLITS = ('train', 'val', 'test')
 
 
 class UserError(Exception):
-    """What a user got wrong: what, which value, how to fix it. Shown as one line, exit status 2."""
+    """What a user got wrong: what, which value, how to fix it."""
 
 
 def guard(main):
@@ -44,18 +44,17 @@ def guard(main):
     try:
         main()
     except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f'error: {e}', file=sys.stderr) or 2)
 
 
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
-    """A random source of its own for every (seed, split, index): the splits cannot overlap."""
-    key = (seed % 2**20 * len(SPLITS) + SPLITS.index(split)) * 2**32 + index
+    """A random source for every (seed, split, index). torch looks at 32 bits of a seed on the CPU: the
+    last two are the split's, so that splits cannot overlap, the others a hash."""
+    key = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
     return torch.Generator(device).manual_seed(key)
 
 
-# ---- scenes and their renderings -----------------------------------------------------------------
-
+# ---- scenes and their renderings ----
 @dataclass
 class Scenes:
     """B scenes as tensors; slots are in reading order, slots >= n are empty."""
@@ -78,12 +77,10 @@ class Object(namedtuple('Object', 'shape colour cell x y z')):
 
 
 def sample_scenes(B: int, g: torch.Generator) -> Scenes:
-    """Draw B scenes. Every (colour, shape) pair occurs once at most, so a name means one object.
-
-    In 40% of the scenes a theme (a shape or a colour) is that of exactly c objects, with P(c) = 1/5 for
-    c = 0..4 whatever the theme, while n stays uniform: 'how many circles?' cannot be guessed from text.
-    """
-    S, C, M = len(SHAPES), len(COLOURS), MAX_OBJECTS
+    """Draw B scenes. Every (colour, shape) pair occurs once at most, so a name means one object. In 40%
+    of the scenes a theme (a shape or a colour) is that of exactly c objects, P(c) = 1/5 for c = 0..4
+    whatever the theme, while n stays uniform: 'how many circles?' cannot be guessed from text."""
+    S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
     rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
     # rows n = 1..4, columns c = 0..4: every row sums to 1/4 and every column to 1/5
     joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],
@@ -106,15 +103,11 @@ def sample_scenes(B: int, g: torch.Generator) -> Scenes:
 def distance_field(shape: int, x, y):
     """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
     box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
-    if SHAPES[shape] == 'circle':
-        return torch.hypot(x, y) - .95
-    if SHAPES[shape] == 'square':
-        return box(.82, .82)
-    if SHAPES[shape] == 'triangle':
-        return torch.maximum(x.abs() * .866 - (y - .15) * .5, y - .15) - .58
-    if SHAPES[shape] == 'cross':
-        return torch.minimum(box(1, .32), box(.32, 1))
-    return (torch.hypot(x, y) - .70).abs() - .25          # ring
+    return {'circle': lambda: torch.hypot(x, y) - .95,
+            'square': lambda: box(.82, .82),
+            'triangle': lambda: torch.maximum(x.abs() * .866 - (y - .15) * .5, y - .15) - .58,
+            'cross': lambda: torch.minimum(box(1, .32), box(.32, 1)),
+            'ring': lambda: (torch.hypot(x, y) - .70).abs() - .25}[SHAPES[shape]]()
 
 
 @dataclass
@@ -162,7 +155,6 @@ def objects(s: Scenes) -> list[list[Object]]:
 
 
 # ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
-
 def seg(r: Rendering):
     """Semantic segmentation: the palette colour of each pixel's class, never blended."""
     return (PALETTE.to(r.image.device)[r.classes] / 255).permute(0, 3, 1, 2)          # [B,3,S,S]
@@ -181,7 +173,6 @@ PROXIES = {'seg': seg, 'edge': edge, 'recon': lambda r: r.image,
 
 
 # ---- text; objects are listed in reading order: one right order leaves less to guess per word ----
-
 STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 3, 'count': 4}      # captions: how often
 WORDS = {
     'draw': ('{}', 'draw {}', 'a picture of {}'),
@@ -206,8 +197,7 @@ WORDS = {
     'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
 
 
-def plural(name):
-    return name + ('es' if name.endswith('s') else 's')
+plural = lambda name: name + ('es' if name.endswith('s') else 's')
 
 
 def relation(a: Object, b: Object, margin=1.5):
@@ -244,12 +234,9 @@ class Questions:
         rng = self.rng
         if kind in ('count', 'exist'):
             words, answer = getattr(self, kind)()
-        elif kind == 'sum':
-            words = rng.randrange(10), rng.randrange(10)
-            answer = str(sum(words))
-        elif kind == 'more':
+        elif kind in REASON:
             words = rng.sample(range(10), 2)
-            answer = str(max(words))
+            answer = str((sum if kind == 'sum' else max)(words))
         elif found := self.about(kind):
             words, answer = rng.choice(found)
             if kind in ('depth', 'distance'):              # the right one of the last two may be either
@@ -262,17 +249,18 @@ class Questions:
         """All [words to fill in], answer of a type of question with one right answer here."""
         objs, gap = self.objs, lambda a, b: math.hypot(a.x - b.x, a.y - b.y)
         pairs = [(a, b) for a in objs for b in objs]
-        only = lambda key: [o for o in objs if sum(getattr(o, key) == getattr(p, key) for p in objs) == 1]
+        times = lambda word: sum(word in (o.shape, o.colour) for o in objs)
         return {
-            'colour': lambda: [([o.shape], o.colour) for o in only('shape')],
-            'shape': lambda: [([o.colour], o.shape) for o in only('colour')],
+            'colour': lambda: [([o.shape], o.colour) for o in objs if times(o.shape) == 1],
+            'shape': lambda: [([o.colour], o.shape) for o in objs if times(o.colour) == 1],
             'relation': lambda: [([a.name, b.name], side.replace(' of', ''))
                                  for a, b in pairs if (side := relation(a, b))],
             'depth': lambda: [([a.name, b.name], a.name) for a, b in pairs if a.z < b.z - .3],
             'distance': lambda: [([x.name, a.name, b.name], a.name) for x in objs for a, b in pairs
                                  if 0 < gap(x, a) < gap(x, b) - .12],
             'where': lambda: [([o.name], CELLS[o.cell]) for o in objs],
-            'size': lambda: [([o.name], 'large' if o.z < .5 else 'small') for o in objs if abs(o.z - .5) > .1],
+            'size': lambda: [([o.name], 'small' if o.z > .5 else 'large')
+                             for o in objs if abs(o.z - .5) > .1],
             'what': lambda: [([CELLS[o.cell]], o.name) for o in objs]}[kind]()
 
     def count(self):
@@ -287,15 +275,13 @@ class Questions:
         if self.rng.random() < .5:
             return [self.rng.choice(self.objs).name], 'yes'
         shapes, colours = {o.shape for o in self.objs}, {o.colour for o in self.objs}
-        names = {o.name for o in self.objs}
-        hard = {f'{c} {s}' for c in colours for s in shapes} - names
-        half = {f'{c} {s}' for c in COLOURS for s in SHAPES if c in colours or s in shapes} - names
+        hard = {f'{c} {s}' for c in colours for s in shapes} - {o.name for o in self.objs}
+        half = {f'{c} {s}' for c in COLOURS for s in SHAPES if (c in colours) != (s in shapes)}
         return [self.rng.choice(sorted(hard or half))], 'no'
 
 
-# ---- text tokens and sequences -------------------------------------------------------------------
-
-PATTERN = r""" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"""
+# ---- text tokens and sequences ----
+PATTERN = r' ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+'
 
 
 class Text:
@@ -304,8 +290,8 @@ class Text:
     def __init__(self, vocab: list[bytes]):
         self.vocab = list(vocab)
         self.answer, self.end, self.size = len(vocab), len(vocab) + 1, len(vocab) + 2
-        ranks = {token: i for i, token in enumerate(vocab)}
-        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PATTERN, special_tokens={},
+                                     mergeable_ranks={token: i for i, token in enumerate(vocab)})
         self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
@@ -315,7 +301,7 @@ class Text:
         return self.bpe.decode([i for i in ids if i < self.answer]).strip()
 
     @staticmethod
-    def from_corpus(texts, size=512):
+    def from_corpus(texts, size=640):
         """Train BPE (Sennrich et al. 2016) on the distinct words of `texts`; deterministic."""
         words = {w for t in texts for w in re.findall(r'\w+|[^\w\s]+', t.lower())}
         words = [[bytes([b]) for b in (' ' + w).encode()] for w in sorted(words)]
@@ -332,11 +318,9 @@ class Text:
 
 @dataclass
 class Sequence:
-    """A batch of sequences [picture][text][codes]; the picture and the codes may be absent.
-
-    The text is made of turns that all see the picture and do not see each other: many questions about a
-    picture cost one pass over it. Codes, where there are any, continue turn 1.
-    """
+    """A batch of sequences [picture][text][codes]; picture and codes may be absent. The text is made of
+    turns that see the picture but not each other: many questions about a picture cost one pass over it.
+    The codes continue turn 1."""
     text: torch.Tensor                       # [B,T] token ids
     turn: torch.Tensor                       # [B,T] 1, 2, ..., or -1 for padding
     target: torch.Tensor | None = None       # [B,T] the token to predict here, -1 = none
@@ -354,8 +338,7 @@ def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
             if answer is not None:
                 a = text.encode(answer)
                 row += [(t, k, y) for t, y in zip([text.answer] + a, a + [text.end])]
-    T = max(1, *map(len, out))
-    out = [row + [(text.end, -1, -1)] * (T - len(row)) for row in out]
+    out = [row + [(text.end, -1, -1)] * (max(1, *map(len, out)) - len(row)) for row in out]
     return Sequence(*torch.tensor(out, device=device).unbind(-1), image=image)        # [B,T] each
 
 
@@ -372,7 +355,7 @@ class World:
         found = list(zip(objects(scenes), scenes.theme.tolist()))
         g = generator(self.seed, split, index + 2**31, self.device)
         r = render(scenes.map(lambda t: t.to(self.device)), self.size, g) if pixels else None
-        return found, r, random.Random(f'{self.seed}{split}{index}')
+        return found, r, random.Random(f'{self.seed}/{split}/{index}')
 
     def corpus(self):
         """All kinds of sentences of the world, to train text tokens on."""
@@ -383,21 +366,20 @@ class World:
                 yield from Questions(objs, theme, rng).ask(kind) or ()
         yield from (w for words in WORDS.values() for w in words)
 
-    def questions(self, split, index, B, Q, kinds=VISUAL * 2 + REASON, captions=('place', 'place', 'list')):
+    def questions(self, split, index, B, Q, kinds=KINDS, captions=('place', 'place', 'list')):
         """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""
         scenes, r, rng = self.scenes(split, index, B)
         rows = []
         for objs, theme in scenes:
             turns, ask = [], Questions(objs, theme, rng).ask
             while len(turns) < Q:
-                kind = rng.choice(kinds)
-                if qa := ask(kind):
+                if qa := ask(kind := rng.choice(kinds)):
                     turns.append((kind, qa))
             for c in captions and [rng.choice(captions)]:
                 turns.append((c, (rng.choice(WORDS[c]), caption(objs, c, rng))))
             rows.append(turns)
-        turns = [[qa for _, qa in row] for row in rows]
-        return pack(self.text, turns, r.image, self.device), [[kind for kind, _ in row] for row in rows]
+        s = pack(self.text, [[qa for _, qa in turns] for turns in rows], r.image, self.device)
+        return s, [[kind for kind, _ in turns] for turns in rows]
 
     def drawings(self, split, index, B, drop=.1):
         """-> (Sequence of prompts, a share `drop` of them empty, target pictures [B, 3, S, S])."""
@@ -414,5 +396,5 @@ class World:
         """-> (Sequence of pictures with an instruction, the proxy's maps to generate, Rendering)."""
         _, r, rng = self.scenes(split, index, B)
         words = WORDS['depth map' if name == 'depth' else name]
-        rows = [[(rng.choice(words), None)] for _ in range(B)]
-        return pack(self.text, rows, r.image), PROXIES[name](r), r
+        s = pack(self.text, [[(rng.choice(words), None)] for _ in range(B)], r.image, self.device)
+        return s, PROXIES[name](r), r

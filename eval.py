@@ -9,9 +9,9 @@ import argparse
 import json
 import math
 import os
-import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ CATEGORIES = {'single': ('bare', 1), 'two': ('bare', 2), 'counting': ('count', N
 
 
 # ---- figures with intervals ----
-
 def share(right: int, n: int) -> dict:
     """Share of right answers with its Wilson interval (Wilson 1927), which holds near 0 and 1 too."""
     if n == 0:
@@ -55,7 +54,6 @@ def mean(values: torch.Tensor) -> dict:
 
 
 # ---- understanding ----
-
 @torch.no_grad()
 def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> dict:
     """Accuracy by type over n pictures with Q questions each; the whole answer must be right.
@@ -78,10 +76,10 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
 
 
 def blind(world: World, n=512, split='test') -> dict:
-    """The same questions answered from their words alone: the answer most frequent in 8,000 training
+    """The same questions answered from their words alone: the answer most frequent in 16 n training
     scenes after that question; for one never seen, after its type, first among those the words name."""
     seen = defaultdict(Counter)
-    for i in range(80):
+    for i in range(n * 16 // 100):
         scenes, _, rng = world.scenes('train', 2**30 + i, 100, pixels=False)
         for objs, theme in scenes:
             for kind in data.VISUAL:
@@ -109,7 +107,6 @@ def source(umm, tok, image):
 
 
 # ---- generation: GenEval's six categories (Ghosh et al. 2023, section 3) and a verifier by rule ----
-
 def components(mask, label):
     """Connected regions (8 neighbours) of mask [B, S, S] with equal label [B, S, S] -> ids, 0 = none:
     the highest pixel index spreads inside each region until nothing changes."""
@@ -215,7 +212,6 @@ def generation(umm, tok, world: World, n=64, cfg=2., temperature=1., top_k=64, s
 
 
 # ---- segmentation and tokenizer ----
-
 def classes_of(images):
     """Segmentation pictures [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
     palette = data.PALETTE.to(images.device) / 255
@@ -268,7 +264,6 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
 
 
 # ---- pictures ----
-
 def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
     n, S = max(len(r) for r in rows), rows[0].shape[-1] * scale
@@ -285,10 +280,6 @@ def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
                 draw.multiline_text((gap + i * (S + gap), y + S), captions[k][i], 'black', spacing=1)
         y += heights[k]
     return canvas
-
-
-def wrap(text: str, width=21) -> str:
-    return '\n'.join(textwrap.wrap(text, width))
 
 
 @torch.no_grad()
@@ -311,8 +302,8 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
     s = data.pack(world.text, [[(q, None)] for q, _ in qa], s.image, world.device)
     answers = [world.text.decode(a) for a in until(umm.generate(
         s, first=world.text.answer, stop=world.text.end, temperature=0).tolist(), world.text.end)]
-    notes = [wrap(f'{q} {a}' + (f' (true: {t})' if a != t else '')) for (q, t), a in zip(qa, answers)]
-    return grid([drawn, r.image, maps, target], [[wrap(t) for t in wanted], [], [], notes])
+    notes = [fill(f'{q} {a}' + (f' (true: {t})' if a != t else ''), 21) for (q, t), a in zip(qa, answers)]
+    return grid([drawn, r.image, maps, target], [[fill(t, 21) for t in wanted], [], [], notes])
 
 
 def until(rows, end):
@@ -321,7 +312,6 @@ def until(rows, end):
 
 
 # ---- everything at once ----
-
 def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
     """All measurements, nested; n pictures for understanding, in proportion for the others."""
     umm.eval()

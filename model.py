@@ -39,7 +39,6 @@ class Config:
 
 
 # ---- VQ tokenizer ----
-
 class VectorQuantizer(nn.Module):
     """Nearest of K unit vectors, learned by exponential moving averages.
 
@@ -98,8 +97,6 @@ class FiniteScalarQuantizer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv1x1(gelu(conv3x3(norm(x))))."""
-
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
@@ -111,11 +108,8 @@ class ResBlock(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Convolutional autoencoder with a discrete bottleneck: S x S pixels <-> G x G codes.
-
-    All convolutions run on the G x G grid (pixels are folded into channels first): that is where a CPU's
-    time is best spent at this size.
-    """
+    """Convolutional autoencoder with a discrete bottleneck: S x S pixels <-> G x G codes. Pixels are
+    folded into channels first, so that all convolutions run on the G x G grid: cheapest on a CPU."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -154,7 +148,6 @@ class VQTokenizer(nn.Module):
 
 
 # ---- the unified multimodal model ----
-
 def rope_table(length: int, dim: int, base=100.):
     """cos and sin [length, dim/2] of rotary position embedding (Su et al. 2021, section 3.2.2)."""
     angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)   # [length,dim/2]
@@ -359,7 +352,6 @@ def pick(logits, temperature: float, top_k: int, generator=None):
 
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
-
 def save(path, tensors: dict, meta: dict):
     """Write tensors and meta to `path`, whole or not at all: a temporary file, fsync, then rename."""
     path, part = Path(path), Path(f'{path}.part')
@@ -389,7 +381,8 @@ def load(path, device='cpu'):
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(f'{path} is not a whole nanoUMM checkpoint ({type(e).__name__}: {str(e)[:80]}); '
                         'train again or copy it anew')
-    sane = all(0 < v <= 2**18 for v in vars(c).values() if isinstance(v, int)) and c.n_layer <= 512
+    sane = all(type(v) is type(vars(Config())[k]) and (type(v) is str or 0 < v <= 2**18)
+               for k, v in vars(c).items()) and c.n_layer <= 512
     if not sane or c.vocab != text.size or c.size % c.patch or c.n_embd % (4 * c.n_head):
         raise UserError(f'{path} has an impossible config: {vars(c)}; train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
@@ -398,7 +391,7 @@ def load(path, device='cpu'):
     bad = [k for k, shape in want.items() if k not in tensors or tensors[k].shape != shape
            or not tensors[k].isfinite().all()]
     if bad:
-        raise UserError(f'{path} does not fit its config: {bad[0]} is missing, misshapen or infinite')
+        raise UserError(f'{path}: tensor {bad[0]} is missing, misshapen or not finite; train again')
     tok, umm = VQTokenizer(c), UMM(c)
     for name, m in (('tokenizer', tok), ('umm', umm)):
         m.load_state_dict({k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + '.')})

@@ -29,8 +29,6 @@ from data import UserError, World
 from model import Config, UMM, VQTokenizer, load, save
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
-
-
 opt = lambda default, help: field(default=default, metadata={'help': help})
 
 
@@ -38,7 +36,7 @@ opt = lambda default, help: field(default=default, metadata={'help': help})
 class Settings:
     """The command line: each field is a flag, and its default is that of the cpu preset."""
     preset: str = opt('auto', 'cpu, gpu, test, or auto: gpu where there is one, else cpu')
-    out: str = opt('', 'run folder; empty: out/<preset>')
+    out: str = opt('', 'run folder; when not given: out/<preset>')
     resume: bool = opt(False, 'go on with the run in the folder')
     overwrite: bool = opt(False, 'throw away the run in the folder')
     seed: int = opt(0, 'seed of weights, scenes, order and questions')
@@ -59,7 +57,7 @@ class Settings:
     pre_steps: int = opt(300, 'steps of the pretrain stage')
     pre_ask: int = opt(8, 'pictures with questions a step, pretraining')
     pre_draw: int = opt(16, 'pictures drawn from text a step, pretraining')
-    post_steps: int = opt(1050, 'steps of the posttrain stage')
+    post_steps: int = opt(1400, 'steps of the posttrain stage')
     post_ask: int = opt(10, 'pictures with questions a step, post-training')
     post_draw: int = opt(4, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
@@ -68,7 +66,6 @@ class Settings:
     tok_lr: float = opt(4e-3, 'AdamW learning rate of the tokenizer stage')
     lr: float = opt(2e-3, 'AdamW learning rate of the other stages: embeddings and heads')
     muon_lr: float = opt(.02, 'Muon learning rate: hidden matrices, all stages')
-    post_scale: float = opt(1., 'learning rates of the posttrain stage relative to those of pretrain')
     warmup: float = opt(.02, 'share of a stage in which the learning rate rises')
     cooldown: float = opt(.4, 'share of a stage, at its end, in which it falls to zero')
     pre_cooldown: float = opt(.1, 'the same for the pretrain stage, which another stage follows')
@@ -94,7 +91,6 @@ PRESETS = {
 
 
 # ---- optimizers ----
-
 def orthogonalize(G, steps=5):
     """Roughly the nearest orthogonal matrices, by Newton-Schulz (Jordan et al. 2024); G [n, a, b]."""
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -131,16 +127,12 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model, lr, muon_lr):
     """Muon for the hidden matrices and convolutions of blocks, AdamW for all else."""
-    hidden, rest = [], []
-    for name, p in model.named_parameters():
-        inner = p.ndim > 1 and (name.startswith('blocks.') or '.conv' in name)
-        (hidden if inner else rest).append(p)
-    adamw = torch.optim.AdamW(rest, lr, betas=(.9, .95), weight_decay=0., fused=True)
-    return [Muon(hidden, muon_lr), adamw]
+    inner = lambda name, p: p.ndim > 1 and (name.startswith('blocks.') or '.conv' in name)
+    hidden, rest = ([p for n, p in model.named_parameters() if inner(n, p) is x] for x in (True, False))
+    return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)]
 
 
 # ---- a run: its folder, log and checkpoint ----
-
 class Run:
     """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
 
@@ -150,7 +142,7 @@ class Run:
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
             raise UserError(f'nothing to resume: there is no {state}; leave out --resume to start')
-        if state.exists() and not s.resume and not s.overwrite:
+        if state.exists() and not (s.resume or s.overwrite):
             raise UserError(f'{s.out} holds a run: --resume goes on with it, --overwrite throws it '
                             'away, --out DIR keeps it and trains elsewhere')
         if s.resume:
@@ -195,18 +187,17 @@ class Run:
         save(self.dir / name, tensors, meta)
 
     def restore(self, opts):
-        """Put the saved state back into the optimizers of the stage that was interrupted."""
-        for i, o in enumerate(opts):
-            d = o.state_dict()
-            for key, t in self.saved.items():
-                if key.startswith(f'optimizer.{i}.'):
-                    j, k = key.split('.')[2:]
-                    d['state'].setdefault(int(j), {})[k] = t
-            o.load_state_dict(d)
+        """Put the saved state back into the optimizers, in the memory layout of their parameters, which
+        fused AdamW takes for granted."""
+        for key, t in self.saved.items():
+            if key.startswith('optimizer.'):
+                i, j, k = key.split('.')[1:]
+                p = opts[int(i)].param_groups[0]['params'][int(j)]
+                opts[int(i)].state[p][k] = torch.empty_like(p).copy_(t) if t.shape == p.shape else t
 
 
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: float, sample):
-    """The one training loop. loss_of(step) -> {name: loss}, 'loss' is minimised; sample(model) ->
+    """The one training loop. loss_of(step) -> {name: loss}, 'loss' is minimised; sample(run) ->
     (figures, picture). Random draws depend on (seed, stage, step) only: no generator is saved."""
     s, index = run.s, STAGES.index(stage)
     if index < STAGES.index(run.stage):
@@ -217,7 +208,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         run.restore(opts)
     bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05, dynamic_ncols=True)
     for step in bar:
-        torch.manual_seed((s.seed * len(STAGES) + index) * 2**32 + step)
+        torch.manual_seed(data.generator(s.seed, 'train', step * 4 + index).initial_seed())
         cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
         rise, fall = (step + 1) / max(1, s.warmup * steps), (steps - step) / max(1, cooldown * steps)
         for o, peak in zip(opts, peaks):
@@ -227,9 +218,9 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         losses['loss'].backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
-            raise UserError(f'{stage} step {step}: the gradient is not finite ('
-                            + ', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())
-                            + f'); lower the learning rates. The last good checkpoint is in {s.out}')
+            values = ', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())
+            raise UserError(f'{stage} step {step}: the gradient is not finite ({values}); lower the '
+                            f'learning rates. The last good checkpoint is in {s.out}')
         for o in opts:
             o.step()
         model.zero_grad()
@@ -239,7 +230,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             bar.set_postfix(line, refresh=False)
             run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=time.time() - begin)
         if done % s.sample_every == 0 or done == steps:
-            figures, picture = sample(model.eval())
+            model.eval()
+            figures, picture = sample(run)
             v = {k: round(f if isinstance(f, float) else f['value'] or 0, 3) for k, f in figures.items()}
             run.log(stage=stage, step=done, val=v)
             tqdm.write(f'{stage} {done}: ' + ', '.join(f'{k} {x:.4g}' for k, x in v.items()))
@@ -254,7 +246,6 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
 
 
 # ---- the three stages ----
-
 def train_tokenizer(run: Run):
     """Autoencode pictures and the maps of all proxies together: one codebook has to draw them all."""
     s, world, maps = run.s, run.world, [f for name, f in data.PROXIES.items() if name != 'recon']
@@ -262,17 +253,16 @@ def train_tokenizer(run: Run):
     def loss_of(step):
         _, r, _ = world.scenes('train', step, s.tok_batch)
         half, most = s.tok_batch // 2, s.tok_batch * 3 // 4     # 1/2 pictures, 1/4 masks, 1/4 maps
-        parts = [r.image[:half], data.seg(r)[half:most]]
-        parts += [f(r)[most + i::len(maps)] for i, f in enumerate(maps)]
-        x = torch.cat(parts)                                                          # [B,3,S,S]
+        x = torch.cat([r.image[:half], data.seg(r)[half:most],
+                       *(f(r)[most + i::len(maps)] for i, f in enumerate(maps))])     # [B,3,S,S]
         y, _, commitment = run.tok(x)
         mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
         return {'loss': mse + .3 * l1 + .25 * commitment, 'mse': mse, 'commitment': commitment}
 
-    def sample(tok):
+    def sample(run):
         _, r, _ = world.scenes('val', 0, 8)
-        rows = [x for f in data.PROXIES.values() for x in (f(r), tok.decode(tok.encode(f(r))))]
-        return evaluation.tokenizer(tok, world, 128, 'val'), evaluation.grid(rows)
+        rows = [x for f in data.PROXIES.values() for x in (f(r), run.tok.decode(run.tok.encode(f(r))))]
+        return evaluation.tokenizer(run.tok, world, 128, 'val'), evaluation.grid(rows)
 
     loop(run, 'tokenizer', run.tok, loss_of, s.tok_steps, s.tok_lr, s.muon_lr, sample)
     run.tok.eval().requires_grad_(False)
@@ -301,30 +291,28 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int) -> dict:
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
 
-def sampler(run: Run):
-    """-> sample(umm): understanding of a few validation pictures, and a picture of what it can do."""
-    return lambda umm: (evaluation.understanding(umm, run.tok, run.world, 128, 'val'),
-                        evaluation.picture(umm, run.tok, run.world, run.s.cfg))
+def sample_umm(run: Run):
+    """-> understanding of a few validation pictures, and a picture of what the model can do."""
+    return (evaluation.understanding(run.umm, run.tok, run.world, 128, 'val'),
+            evaluation.picture(run.umm, run.tok, run.world, run.s.cfg))
 
 
 def pretrain(run: Run):
     """Text -> picture, and picture -> text (captions and questions)."""
     s = run.s
-    loop(run, 'pretrain', run.umm, lambda step: umm_losses(run, step, s.pre_ask, s.pre_draw, 0),
-         s.pre_steps, s.lr, s.muon_lr, sampler(run))
+    loss_of = lambda step: umm_losses(run, step, s.pre_ask, s.pre_draw, 0)
+    loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, s.muon_lr, sample_umm)
 
 
 def posttrain(run: Run):
     """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions."""
     s = run.s
     proxies = 0 if s.proxy == 'none' else round(s.ratio * s.post_ask)
-    loop(run, 'posttrain', run.umm,
-         lambda step: umm_losses(run, s.pre_steps + step, s.post_ask, s.post_draw, proxies),
-         s.post_steps, s.lr * s.post_scale, s.muon_lr * s.post_scale, sampler(run))
+    loss_of = lambda step: umm_losses(run, s.pre_steps + step, s.post_ask, s.post_draw, proxies)
+    loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
 
 
 # ---- command line ----
-
 def parse(argv=None) -> Settings:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -339,32 +327,28 @@ def parse(argv=None) -> Settings:
         preset = 'gpu' if gpu else 'cpu'
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: choose {', '.join(PRESETS)} or auto")
-    s = Settings(**PRESETS[preset] | given | {'preset': preset})
-    s.out = s.out or f'out/{preset}'
+    s = Settings(**{'out': f'out/{preset}'} | PRESETS[preset] | given | {'preset': preset})
     check(s)
     return s
 
 
 def check(s: Settings):
     """Name impossible settings before anything is written."""
-    zero = ('seed', 'threads', 'pre_draw', 'post_draw', 'ratio', 'drop', 'w_text', 'w_image', 'warmup',
-            'cooldown', 'pre_cooldown', 'cfg')                            # these may be 0
-    rules = [(k, math.isfinite(v) and (v > 0 or v == 0 and k in zero),
-              'at least 0' if k in zero else 'more than 0') for k, v in vars(s).items()
-             if type(v) in (int, float)]
-    rules += [(name, getattr(s, name) in allowed, 'one of ' + ', '.join(allowed)) for name, allowed in (
-        ('quantizer', ('vq', 'fsq')), ('image_input', ('patch', 'code')),
-        ('dtype', ('auto', 'float32', 'bfloat16')),
-        ('proxy', (*data.PROXIES, 'none')))]
+    zero = 'seed threads pre_draw post_draw ratio drop w_text w_image warmup cooldown pre_cooldown cfg'
+    rules = [(k, math.isfinite(v) and v >= (k not in zero.split()) * 1e-12,
+              '0 or more' if k in zero.split() else 'more than 0')
+             for k, v in vars(s).items() if type(v) in (int, float)]
+    rules += [(k, getattr(s, k) in allowed.split(), f'one of {allowed}') for k, allowed in (
+        ('quantizer', 'vq fsq'), ('image_input', 'patch code'), ('dtype', 'auto float32 bfloat16'),
+        ('proxy', ' '.join(data.PROXIES) + ' none'))]
     rules += [('size', 16 <= s.size <= 512 and s.size % Config.patch == 0, '16 to 512, a multiple of 4'),
               ('n_embd', s.n_embd % (4 * s.n_head or 1) == 0, f'a multiple of {4 * s.n_head}'),
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
               ('tok_batch', s.tok_batch >= 8, 'at least 8'), ('eval_n', s.eval_n >= 16, 'at least 16'),
               ('drop', s.drop <= 1, 'a share, 0 to 1'),
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
-    for name, good, rule in rules:
-        if not good:
-            raise UserError(f'--{name} is {getattr(s, name)!r}: it must be {rule}')
+    for name, rule in [(k, rule) for k, good, rule in rules if not good]:
+        raise UserError(f'--{name} is {getattr(s, name)!r}: it must be {rule}')
 
 
 def choose_device(s: Settings):
@@ -373,15 +357,14 @@ def choose_device(s: Settings):
     name = there[0] if s.device == 'auto' else s.device
     if name not in there:
         raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
-    if s.threads:
-        torch.set_num_threads(s.threads)
+    torch.set_num_threads(s.threads or torch.get_num_threads())
     units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
         name == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
     bf16 = s.dtype == 'bfloat16' or s.dtype == 'auto' and units
     why = 'asked for' if s.device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
-    fast = 'asked for' if s.dtype != 'auto' else f"{name} has {'' if units else 'no '}bfloat16 units"
-    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; dtype: "
-          f"{'bfloat16' if bf16 else 'float32'} ({fast})")
+    type_why = 'asked for' if s.dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
+    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; "
+          f"dtype: {'bfloat16' if bf16 else 'float32'} ({type_why})")
     # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
     # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -390,11 +373,10 @@ def choose_device(s: Settings):
 
 
 def main(argv=None):
-    begin = time.time()
-    s = parse(argv)
+    begin, s = time.time(), parse(argv)
     run = Run(s, *choose_device(s))
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
-    print(f'parameters: tokenizer {size[0]:.2f} M, UMM {size[1]:.2f} M')
+    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M'.format(*size))
     with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; main thread only
         signal.signal(signal.SIGINT, lambda *_: setattr(run, 'stop', True))
     train_tokenizer(run)

@@ -9,6 +9,9 @@ import torch
 import data
 from data import CELLS, CHANCE, COLOURS, PALETTE, PROXIES, SHAPES, VISUAL, Questions, Text, World
 
+GOLDEN_NAMES = [['purple triangle', 'blue circle', 'cyan triangle', 'yellow circle'], ['blue triangle'], ['red circle', 'blue circle', 'purple circle']]
+GOLDEN_MEAN = 0.51575
+
 
 def test_a_batch_is_a_pure_function_of_seed_split_and_index(world):
     a, b = (world.questions('train', 3, 4, 5)[0] for _ in range(2))
@@ -18,8 +21,11 @@ def test_a_batch_is_a_pure_function_of_seed_split_and_index(world):
 
 
 def test_splits_have_disjoint_random_sources():
-    seeds = [data.generator(s, split, i).initial_seed() for s in range(4) for split in data.SPLITS for i in (0, 5, 2**31)]
-    assert len(set(seeds)) == len(seeds)
+    """Also in the 32 bits that torch looks at on the CPU."""
+    seeds = {split: {data.generator(s, split, i).initial_seed() % 2**32 for s in range(4) for i in range(2000)}
+             for split in data.SPLITS}
+    assert all(len(v) > 7990 for v in seeds.values())
+    assert not seeds['train'] & (seeds['val'] | seeds['test']) and not seeds['val'] & seeds['test']
 
 
 def test_golden_scene():
@@ -82,11 +88,6 @@ def test_masks_have_only_palette_colours(world):
     target = world.proxies('train', 1, 32, 'seg')[1].permute(0, 2, 3, 1).reshape(-1, 3)
     colours = {tuple(c) for c in (target * 255).round().long().tolist()}
     assert colours <= {tuple(c) for c in PALETTE.tolist()} and len(colours) == len(data.CLASSES)
-
-
-def parse_name(text):
-    colour, shape = text.split()
-    return next((lambda o: o.colour == colour and o.shape == shape,))
 
 
 def truth(kind, words, objs):

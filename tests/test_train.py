@@ -111,7 +111,7 @@ def test_mixture_is_what_the_settings_say():
     torch.manual_seed(0)
     c = model.Config(size=16, codebook=64, vq_width=16, vq_depth=1, vocab=world.text.size, n_layer=1, n_embd=32)
     run = type('Run', (), dict(s=s, world=Spy(), tok=model.VQTokenizer(c).eval(), umm=model.UMM(c)))
-    losses = train.umm_losses(run, 'train', 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask))
+    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask))
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
     n = s.post_draw + 2 * s.post_ask
     pixel = (losses['draw'] * s.post_draw + losses['seg'] * 2 * s.post_ask) / n
@@ -191,7 +191,7 @@ def test_hostile_checkpoints_give_one_clear_line(run_dir, tmp_path):
             model.load(path)
     meta = model.load(run_dir / 'model.safetensors')[4]
     for change, message in (({'n_embd': 10**12}, 'impossible'), ({'n_layer': 2}, 'missing'), ({'vocab': 9}, 'impossible'),
-                            ({'n_embd': 64}, 'misshapen'), ({'quantizer': 'x', 'size': '16'}, '.')):
+                            ({'n_embd': 64}, 'misshapen'), ({'size': '16'}, 'impossible')):
         model.save(path, tensors, {**meta, 'config': {**meta['config'], **change}})
         with pytest.raises(UserError, match=message):
             model.load(path)
