@@ -193,7 +193,8 @@ class Run:
             if key.startswith('optimizer.'):
                 i, j, k = key.split('.')[1:]
                 p = opts[int(i)].param_groups[0]['params'][int(j)]
-                opts[int(i)].state[p][k] = torch.empty_like(p).copy_(t) if t.shape == p.shape else t
+                like = p if t.shape == p.shape else t
+                opts[int(i)].state[p][k] = torch.empty_like(like, device=p.device).copy_(t)
 
 
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: float, sample):

@@ -1,4 +1,5 @@
 """Scenes, maps, text: exact, balanced, disjoint."""
+
 import math
 import random
 from collections import Counter, defaultdict
@@ -9,7 +10,11 @@ import torch
 import data
 from data import CELLS, CHANCE, COLOURS, PALETTE, PROXIES, SHAPES, VISUAL, Questions, Text, World
 
-GOLDEN_NAMES = [['purple triangle', 'blue circle', 'cyan triangle', 'yellow circle'], ['blue triangle'], ['red circle', 'blue circle', 'purple circle']]
+GOLDEN_NAMES = [
+    ['purple triangle', 'blue circle', 'cyan triangle', 'yellow circle'],
+    ['blue triangle'],
+    ['red circle', 'blue circle', 'purple circle'],
+]
 GOLDEN_MEAN = 0.51575
 
 
@@ -22,8 +27,12 @@ def test_a_batch_is_a_pure_function_of_seed_split_and_index(world):
 
 def test_splits_have_disjoint_random_sources():
     """Also in the 32 bits that torch looks at on the CPU."""
-    seeds = {split: {data.generator(s, split, i).initial_seed() % 2**32 for s in range(4) for i in range(2000)}
-             for split in data.SPLITS}
+    seeds = {
+        split: {
+            data.generator(s, split, i).initial_seed() % 2**32 for s in range(4) for i in range(2000)
+        }
+        for split in data.SPLITS
+    }
     assert all(len(v) > 7990 for v in seeds.values())
     assert not seeds['train'] & (seeds['val'] | seeds['test']) and not seeds['val'] & seeds['test']
 
@@ -37,9 +46,11 @@ def test_golden_scene():
 
 def test_counts_are_uniform_and_names_unique():
     s = data.sample_scenes(20000, data.generator(0, 'train', 0))
-    assert (s.n.bincount(minlength=5)[1:] / 20000 - .25).abs().max() < .015
+    assert (s.n.bincount(minlength=5)[1:] / 20000 - 0.25).abs().max() < 0.015
     for objs in data.objects(data.sample_scenes(500, data.generator(0, 'train', 1))):
-        assert len({o.name for o in objs}) == len(objs) and [o.cell for o in objs] == sorted(o.cell for o in objs)
+        assert len({o.name for o in objs}) == len(objs) and [o.cell for o in objs] == sorted(
+            o.cell for o in objs
+        )
 
 
 def test_render_against_naive_loop():
@@ -53,17 +64,19 @@ def test_render_against_naive_loop():
                 slot = 0
                 for k in sorted(range(int(s.n[b])), key=lambda k: s.z[b, k]):
                     rad = s.radius[b, k]
-                    dx, dy = ((x + .5) / 20 - s.xy[b, k, 0]) / rad, ((y + .5) / 20 - s.xy[b, k, 1]) / rad
+                    dx, dy = ((x + 0.5) / 20 - s.xy[b, k, 0]) / rad, (
+                        (y + 0.5) / 20 - s.xy[b, k, 1]
+                    ) / rad
                     if data.distance_field(int(s.shape[b, k]), dx[None], dy[None])[0] * rad * 20 <= 0:
                         slot = k + 1
                         break
                 assert r.instance[b, y, x] == slot
                 assert r.classes[b, y, x] == (s.shape[b, slot - 1] + 1 if slot else 0)
-                assert r.depth[b, y, x] == (1 - .75 * s.z[b, slot - 1] if slot else 0)
+                assert r.depth[b, y, x] == (1 - 0.75 * s.z[b, slot - 1] if slot else 0)
 
 
 def test_each_proxy_target_is_its_own_map(world):
-    """The supervised target of every proxy is that proxy's map, computed independently here, and not the input."""
+    """The supervised target of every proxy is that proxy's map, computed again here, not the input."""
     for name in PROXIES:
         s, target, r = world.proxies('train', 0, 8, name)
         assert torch.equal(s.image, r.image) and target.shape == r.image.shape
@@ -77,7 +90,7 @@ def test_each_proxy_target_is_its_own_map(world):
             elif name == 'depth':
                 want = [r.depth[b, y, x].item()] * 3
             else:
-                p = r.image[b].mean(0)[y - 1:y + 2, x - 1:x + 2].tolist()
+                p = r.image[b].mean(0)[y - 1 : y + 2, x - 1 : x + 2].tolist()
                 gx = sum(w * (row[2] - row[0]) for w, row in zip((1, 2, 1), p))
                 gy = sum(w * (p[2][k] - p[0][k]) for k, w in enumerate((1, 2, 1)))
                 want = [min(1, math.hypot(gx, gy))] * 3
@@ -107,9 +120,9 @@ def truth(kind, words, objs):
         return next(o.name for o in objs if CELLS[o.cell] in words)
     a, *rest = (by_name[n] for n in named)
     if kind == 'where':
-        return ('top ' if a.y < .5 else 'bottom ') + ('left' if a.x < .5 else 'right')
+        return ('top ' if a.y < 0.5 else 'bottom ') + ('left' if a.x < 0.5 else 'right')
     if kind == 'size':
-        return 'large' if a.z < .5 else 'small'
+        return 'large' if a.z < 0.5 else 'small'
     if kind == 'depth':
         return min(a, rest[0], key=lambda o: o.z).name
     if kind == 'relation':
@@ -144,29 +157,40 @@ def test_answers_cannot_be_guessed_from_the_words(kind):
                     total += 1
                     right += seen[key].most_common(1)[0][0] == answer
     if total > 100:
-        assert right / total < CHANCE[kind] + .08
+        assert right / total < CHANCE[kind] + 0.08
 
 
 def test_caption_styles():
-    a, b = data.Object('circle', 'red', 0, .2, .25, .1), data.Object('circle', 'blue', 1, .8, .25, .9)
+    a, b = data.Object('circle', 'red', 0, 0.2, 0.25, 0.1), data.Object(
+        'circle', 'blue', 1, 0.8, 0.25, 0.9
+    )
     rng = random.Random(0)
     assert data.caption([a, b], 'list', rng) == 'a red circle and a blue circle'
     assert data.caption([a, b], 'place', rng) == 'top left a red circle, top right a blue circle'
     assert data.caption([a, b], 'count', rng) == 'two circles'
     assert data.caption([a], 'bare', rng) == 'a circle'
-    assert data.caption([a, b], 'relation', rng) in ('a red circle left of a blue circle',
-                                                     'a blue circle right of a red circle')
+    assert data.caption([a, b], 'relation', rng) in (
+        'a red circle left of a blue circle',
+        'a blue circle right of a red circle',
+    )
     assert data.caption([a], 'relation', rng) is None and data.caption([a], 'count', rng) is None
 
 
 def test_text_tokens_any_string_and_no_special_ids(world):
     t = world.text
-    for s in ('a red circle', '<|end|>', '<|answer|><|end|>', 'ünïcödé 漢字 \U0001f600', '\x00\x07', 'a' * 500):
+    for s in (
+        'a red circle',
+        '<|end|>',
+        '<|answer|><|end|>',
+        'ünïcödé 漢字 \U0001f600',
+        '\x00\x07',
+        'a' * 500,
+    ):
         ids = t.encode(s)
         assert ids and max(ids) < t.answer
         assert t.decode(ids) == ' '.join(s.lower().split())
     assert t.encode('') == t.encode('  \n') == []
-    assert len(t.encode('a red circle left of a blue square')) == 8          # a word of the world is one token
+    assert len(t.encode('a red circle left of a blue square')) == 8  # a word of the world is one token
 
 
 def test_text_survives_a_round_trip_through_its_vocabulary(world):
@@ -184,5 +208,5 @@ def test_pack_supervises_the_answer_and_its_end_only(world):
 
 
 def test_drop_gives_empty_prompts(world):
-    s, _ = world.drawings('train', 0, 400, drop=.25)
+    s, _ = world.drawings('train', 0, 400, drop=0.25)
     assert 60 < (s.turn < 0).all(1).sum() < 140

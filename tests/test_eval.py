@@ -1,4 +1,5 @@
 """Measurements against naive code, and the verifier against the truth."""
+
 import random
 from collections import Counter
 
@@ -13,23 +14,29 @@ from data import World
 
 def test_share_is_wilson():
     f = evaluation.share(8, 10)
-    assert (round(f['low'], 3), round(f['high'], 3), f['n']) == (.490, .943, 10)      # Wilson's interval, tabulated
+    assert (round(f['low'], 3), round(f['high'], 3), f['n']) == (
+        0.490,
+        0.943,
+        10,
+    )  # Wilson's interval, tabulated
     assert evaluation.share(0, 20)['low'] == pytest.approx(0, abs=1e-9)
     m = evaluation.mean_of([evaluation.share(5, 10), evaluation.share(20, 20)])
-    assert m['value'] == .75 and m['high'] - m['value'] == pytest.approx(1.96 * (.025 ** .5) / 2)
+    assert m['value'] == 0.75 and m['high'] - m['value'] == pytest.approx(1.96 * (0.025**0.5) / 2)
 
 
 def test_miou_against_naive():
     pred, true = torch.randint(6, (2, 9, 8, 8)).unbind()
     want = [((pred == k) & (true == k)).sum() / ((pred == k) | (true == k)).sum() for k in range(6)]
     f = evaluation.miou(pred, true)
-    assert f['value'] == pytest.approx(sum(want).item() / 6, abs=1e-6) and f['low'] < f['value'] < f['high']
+    assert (
+        f['value'] == pytest.approx(sum(want).item() / 6, abs=1e-6) and f['low'] < f['value'] < f['high']
+    )
     assert evaluation.miou(true, true)['value'] == 1
 
 
 def test_components_against_flood_fill():
     label = torch.randint(3, (4, 9, 9))
-    mask = torch.rand(4, 9, 9) < .6
+    mask = torch.rand(4, 9, 9) < 0.6
     ids = evaluation.components(mask, label)
     for b in range(4):
         seen, want = {}, 0
@@ -41,10 +48,16 @@ def test_components_against_flood_fill():
                 y, x = stack.pop()
                 if (y, x) not in seen:
                     seen[y, x] = want
-                    stack += [(v, u) for v in range(max(0, y - 1), min(9, y + 2)) for u in range(max(0, x - 1), min(9, x + 2))
-                              if mask[b, v, u] and label[b, v, u] == label[b, y, x]]
+                    stack += [
+                        (v, u)
+                        for v in range(max(0, y - 1), min(9, y + 2))
+                        for u in range(max(0, x - 1), min(9, x + 2))
+                        if mask[b, v, u] and label[b, v, u] == label[b, y, x]
+                    ]
         pairs = {(ids[b, y, x].item(), k) for (y, x), k in seen.items()}
-        assert len(pairs) == want and len({a for a, _ in pairs}) == want and (ids[b][~mask[b]] == 0).all()
+        assert (
+            len(pairs) == want and len({a for a, _ in pairs}) == want and (ids[b][~mask[b]] == 0).all()
+        )
 
 
 def test_verifier_is_right_on_true_pictures():
@@ -52,14 +65,19 @@ def test_verifier_is_right_on_true_pictures():
     world = World(32)
     scenes, r, _ = world.scenes('val', 0, 100)
     key = lambda o: (o.shape, o.colour)
-    right = sum(Counter(map(key, objs)) == Counter(map(key, f)) for (objs, _), f in zip(scenes, evaluation.detect(r.image)))
+    right = sum(
+        Counter(map(key, objs)) == Counter(map(key, f))
+        for (objs, _), f in zip(scenes, evaluation.detect(r.image))
+    )
     assert right >= 99
     passed = total = 0
     for category in evaluation.CATEGORIES:
         _, wanted, images = evaluation.prompts(world, category, 16, 'val')
-        passed += sum(evaluation.satisfied(w, category, f) for w, f in zip(wanted, evaluation.detect(images)))
+        passed += sum(
+            evaluation.satisfied(w, category, f) for w, f in zip(wanted, evaluation.detect(images))
+        )
         total += 16
-    assert passed >= .99 * total
+    assert passed >= 0.99 * total
 
 
 def test_verifier_rejects_what_is_wrong():
@@ -67,9 +85,9 @@ def test_verifier_rejects_what_is_wrong():
     _, wanted, images = evaluation.prompts(world, 'position', 20, 'val')
     found = evaluation.detect(images)
     for w, f in zip(wanted, found):
-        assert not evaluation.satisfied(w[::-1][:1], 'single', f)                 # one object too many
+        assert not evaluation.satisfied(w[::-1][:1], 'single', f)  # one object too many
         mirrored = [o._replace(x=1 - o.x, y=1 - o.y) for o in f]
-        assert not evaluation.satisfied(w, 'position', mirrored)                  # wrong side
+        assert not evaluation.satisfied(w, 'position', mirrored)  # wrong side
         other = [f[0]._replace(colour='none'), *f[1:]]
         assert not evaluation.satisfied(w, 'attribution', other)
     assert not evaluation.satisfied(wanted[0], 'two', [])
@@ -99,18 +117,22 @@ def test_scoring_equals_greedy_answers(run_dir):
     """Teacher-forced scoring gives what generating the answers gives."""
     tok, umm, text, _, _ = model.load(run_dir / 'model.safetensors')
     world = World(umm.c.size, 0, 'cpu', text)
-    umm.text_head.weight.data += torch.randn(umm.text_head.weight.shape) * .3     # an untrained model answers variously
+    umm.text_head.weight.data += (
+        torch.randn(umm.text_head.weight.shape) * 0.3
+    )  # an untrained model answers variously
     scenes, r, rng = world.scenes('val', 0, 40)
-    qa = [next(x for k in ('where', 'what') if (x := data.Questions(o, t, rng).ask(k))) for o, t in scenes]
+    qa = [
+        next(x for k in ('where', 'what') if (x := data.Questions(o, t, rng).ask(k))) for o, t in scenes
+    ]
     forced = data.pack(text, [[x] for x in qa], r.image)
     good = ((umm.text_head(umm.hidden(forced)).argmax(-1) == forced.target) | (forced.target < 0)).all(1)
     asked = data.pack(text, [[(q, None)] for q, _ in qa], r.image)
     rows = umm.generate(asked, first=text.answer, stop=text.end, temperature=0, length=8).tolist()
-    said = [row[:row.index(text.end)] if text.end in row else row + [-1] for row in rows]
+    said = [row[: row.index(text.end)] if text.end in row else row + [-1] for row in rows]
     assert good.tolist() == [a == text.encode(t) for a, (_, t) in zip(said, qa)]
 
 
 def test_blind_baseline_is_at_chance():
     b = evaluation.blind(World(16), n=1024)
     for kind, chance in data.CHANCE.items():
-        assert b[kind]['value'] < chance + .08, kind
+        assert b[kind]['value'] < chance + 0.08, kind

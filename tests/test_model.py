@@ -1,4 +1,5 @@
 """Networks against naive code, and the properties that generation rests on."""
+
 import math
 
 import pytest
@@ -14,9 +15,11 @@ from model import Config, UMM, VQTokenizer
 @pytest.fixture(scope='module', params=['patch', 'code'])
 def umm(request):
     torch.manual_seed(0)
-    m = UMM(Config(size=16, codebook=32, vocab=60, n_layer=2, n_head=2, n_embd=32, image_input=request.param))
-    for p in m.parameters():                   # zero-initialised layers would hide mistakes
-        torch.nn.init.normal_(p, std=.3)
+    m = UMM(
+        Config(size=16, codebook=32, vocab=60, n_layer=2, n_head=2, n_embd=32, image_input=request.param)
+    )
+    for p in m.parameters():  # zero-initialised layers would hide mistakes
+        torch.nn.init.normal_(p, std=0.3)
     return m.eval()
 
 
@@ -28,13 +31,17 @@ def sequence(m, B=3, T=7, picture=True, codes=True, pad=True):
     image = torch.rand(B, 3, 16, 16, generator=g)
     if m.c.image_input == 'code':
         image = torch.randint(32, (B, 16), generator=g)
-    return Sequence(torch.randint(60, (B, T), generator=g), turn, image=image if picture else None,
-                    codes=torch.randint(32, (B, 16), generator=g) if codes else None)
+    return Sequence(
+        torch.randint(60, (B, T), generator=g),
+        turn,
+        image=image if picture else None,
+        codes=torch.randint(32, (B, 16), generator=g) if codes else None,
+    )
 
 
 def test_attention_against_a_naive_loop():
     q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.double).unbind()
-    mask = torch.where(torch.rand(2, 1, 5, 5) < .7, 0., -1e4).double()
+    mask = torch.where(torch.rand(2, 1, 5, 5) < 0.7, 0.0, -1e4).double()
     mask[..., 0] = 0
     y = model.attention(q, k, v, mask)
     for b in range(2):
@@ -62,12 +69,12 @@ def test_text_and_codes_are_causal(umm):
     y = umm.hidden(Sequence(text, s.turn, image=s.image, codes=s.codes))
     assert torch.equal(x[:, :4], y[:, :4]) and not torch.allclose(x[:, 4:], y[:, 4:])
     z = umm.hidden(Sequence(s.text, s.turn, image=s.image, codes=codes))
-    assert torch.equal(x[:, :7 + 10], z[:, :7 + 10])           # code 9 is an input from position 10 on
-    assert not torch.allclose(x[:, 7 + 10:], z[:, 7 + 10:])
+    assert torch.equal(x[:, : 7 + 10], z[:, : 7 + 10])  # code 9 is an input from position 10 on
+    assert not torch.allclose(x[:, 7 + 10 :], z[:, 7 + 10 :])
 
 
 def test_a_code_is_predicted_without_seeing_it(umm):
-    """No target leaks into its own logits: they are the same whatever that code and all later ones are."""
+    """No target leaks into its own logits: they do not depend on that code or on later ones."""
     s = sequence(umm)
     a = umm.pixel_head(umm.hidden(s)[:, -16:])
     codes = s.codes.clone()
@@ -88,9 +95,13 @@ def test_turns_do_not_see_each_other_and_all_see_the_picture(umm):
 
 def test_padding_changes_nothing(umm):
     s = sequence(umm, pad=False)
-    padded = Sequence(F.pad(s.text, (0, 3)), F.pad(s.turn, (0, 3), value=-1), image=s.image, codes=s.codes)
+    padded = Sequence(
+        F.pad(s.text, (0, 3)), F.pad(s.turn, (0, 3), value=-1), image=s.image, codes=s.codes
+    )
     x, y = umm.hidden(s), umm.hidden(padded)
-    assert torch.allclose(x[:, :7], y[:, :7], atol=1e-5) and torch.allclose(x[:, 7:], y[:, 10:], atol=1e-5)
+    assert torch.allclose(x[:, :7], y[:, :7], atol=1e-5) and torch.allclose(
+        x[:, 7:], y[:, 10:], atol=1e-5
+    )
 
 
 def test_the_picture_is_read_in_both_directions(umm):
@@ -105,7 +116,7 @@ def test_the_picture_is_read_in_both_directions(umm):
 
 
 @pytest.mark.parametrize('picture', [True, False])
-@pytest.mark.parametrize('cfg', [1., 2.5])
+@pytest.mark.parametrize('cfg', [1.0, 2.5])
 def test_cached_generation_equals_uncached(umm, picture, cfg):
     s = sequence(umm, picture=picture, codes=False)
     codes, logits = umm.generate(s, cfg=cfg, temperature=0, keep_logits=True)
@@ -161,6 +172,7 @@ def test_loss_against_naive_cross_entropy(umm):
 
 # --- tokenizer
 
+
 @pytest.mark.parametrize('quantizer', ['vq', 'fsq'])
 def test_tokenizer_round_trip_shapes_and_straight_through(quantizer):
     tok = VQTokenizer(Config(size=16, codebook=64, vq_width=16, vq_depth=1, quantizer=quantizer))
@@ -168,7 +180,7 @@ def test_tokenizer_round_trip_shapes_and_straight_through(quantizer):
     y, codes, commitment = tok(x)
     assert y.shape == x.shape and codes.shape == (3, 4, 4) and 0 <= codes.min() and codes.max() < 64
     y.sum().backward()
-    assert tok.encoder[1].weight.grad.abs().sum() > 0          # the gradient passes through the codes
+    assert tok.encoder[1].weight.grad.abs().sum() > 0  # the gradient passes through the codes
     tok.eval()
     codes = tok.encode(x)
     assert codes.shape == (3, 16) and torch.allclose(tok.decode(codes), tok(x)[0].clamp(0, 1), atol=1e-6)
@@ -176,7 +188,7 @@ def test_tokenizer_round_trip_shapes_and_straight_through(quantizer):
 
 def test_fsq_codes_name_their_own_vectors():
     fsq = model.FiniteScalarQuantizer(64)
-    z = torch.atanh(fsq.codebook.clamp(-.999, .999)).view(8, 8, 1, -1)
+    z = torch.atanh(fsq.codebook.clamp(-0.999, 0.999)).view(8, 8, 1, -1)
     assert torch.equal(fsq(z)[1].flatten(), torch.arange(64))
 
 
@@ -188,19 +200,19 @@ def test_commitment_moves_the_encoder_never_the_codebook():
     e, codes, commitment = vq(z)
     commitment.backward()
     assert z.grad.abs().sum() > 0 and torch.equal(book, vq.codebook) and not list(vq.parameters())
-    step = F.normalize(z - .1 * z.grad, dim=-1)
+    step = F.normalize(z - 0.1 * z.grad, dim=-1)
     assert F.mse_loss(step, vq.codebook[codes]) < commitment
 
 
 def test_codebook_moving_average_against_naive():
-    vq = model.VectorQuantizer(4, 2, decay=.9, dead=0.)
+    vq = model.VectorQuantizer(4, 2, decay=0.9, dead=0.0)
     z = F.normalize(torch.randn(1, 2, 3, 2), dim=-1)
     count, total = vq.count.clone(), vq.total.clone()
     codes = vq(z)[1].flatten()
     for k in range(4):
         mine = z.view(-1, 2)[codes == k]
-        count[k] = .9 * count[k] + .1 * len(mine)
-        total[k] = .9 * total[k] + .1 * mine.sum(0)
+        count[k] = 0.9 * count[k] + 0.1 * len(mine)
+        total[k] = 0.9 * total[k] + 0.1 * mine.sum(0)
     assert torch.allclose(vq.count, count) and torch.allclose(vq.total, total, atol=1e-6)
     assert torch.allclose(vq.codebook, F.normalize(total, dim=-1), atol=1e-6)
 
@@ -208,7 +220,7 @@ def test_codebook_moving_average_against_naive():
 def test_dead_codes_come_back():
     torch.manual_seed(0)
     vq = model.VectorQuantizer(32, 4)
-    vq.codebook[:] = F.normalize(torch.tensor([1., 0, 0, 0]) + .01 * torch.randn(32, 4), dim=-1)
+    vq.codebook[:] = F.normalize(torch.tensor([1.0, 0, 0, 0]) + 0.01 * torch.randn(32, 4), dim=-1)
     vq.total.copy_(vq.codebook)
     z = torch.randn(8, 4, 4, 4)
     for _ in range(400):

@@ -1,4 +1,5 @@
 """Training: optimizer, resume to the same bits, checkpoints, settings."""
+
 import dataclasses
 import json
 import math
@@ -25,35 +26,59 @@ def test_muon_orthogonalizes():
         U, S, V = torch.linalg.svd(G, full_matrices=False)
         O = train.orthogonalize(G)
         s = torch.linalg.svdvals(O)
-        assert .6 < s.min() and s.max() < 1.3
-        assert ((U.mT @ O @ V.mT).diagonal(dim1=-2, dim2=-1) > .6).all()
+        assert 0.6 < s.min() and s.max() < 1.3
+        assert ((U.mT @ O @ V.mT).diagonal(dim1=-2, dim2=-1) > 0.6).all()
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     m = model.UMM(model.Config(size=16, n_layer=2, n_embd=32))
-    muon, adam = train.optimizers(m, .1, .2)
+    muon, adam = train.optimizers(m, 0.1, 0.2)
     names = {id(p): n for n, p in m.named_parameters()}
     mine = {names[id(p)] for p in muon.param_groups[0]['params']}
     rest = {names[id(p)] for p in adam.param_groups[0]['params']}
-    assert mine == {n for n in names.values() if n.startswith('blocks.')} and mine | rest == set(names.values())
+    assert mine == {n for n in names.values() if n.startswith('blocks.')} and mine | rest == set(
+        names.values()
+    )
 
 
 def test_main_job_leaves_everything(run_dir):
-    for name in ('model.safetensors', 'pretrained.safetensors', 'log.jsonl', 'scores.json', 'samples.png',
-                 'tokenizer.png', 'pretrain.png', 'posttrain.png'):
+    for name in (
+        'model.safetensors',
+        'pretrained.safetensors',
+        'log.jsonl',
+        'scores.json',
+        'samples.png',
+        'tokenizer.png',
+        'pretrain.png',
+        'posttrain.png',
+    ):
         assert (run_dir / name).stat().st_size > 0, name
     assert not list(run_dir.glob('*.part'))
     log = [json.loads(x) for x in (run_dir / 'log.jsonl').read_text().splitlines()]
     assert [x['stage'] for x in log] == sorted((x['stage'] for x in log), key=train.STAGES.index)
     s = json.loads((run_dir / 'scores.json').read_text())
-    for path in ('understanding.mean', 'understanding.count', 'blind.mean', 'generation.mean', 'generation.single',
-                 'generation.ceiling', 'segmentation.miou', 'segmentation.ceiling', 'tokenizer.psnr',
-                 'tokenizer.mask_ceiling', 'tokenizer.used', 'minutes'):
+    for path in (
+        'understanding.mean',
+        'understanding.count',
+        'blind.mean',
+        'generation.mean',
+        'generation.single',
+        'generation.ceiling',
+        'segmentation.miou',
+        'segmentation.ceiling',
+        'tokenizer.psnr',
+        'tokenizer.mask_ceiling',
+        'tokenizer.used',
+        'minutes',
+    ):
         figure = s
         for key in path.split('.'):
             figure = figure[key]
         if path != 'minutes':
-            assert set(figure) == {'value', 'low', 'high', 'n'} and figure['low'] <= figure['value'] <= figure['high']
+            assert (
+                set(figure) == {'value', 'low', 'high', 'n'}
+                and figure['low'] <= figure['value'] <= figure['high']
+            )
 
 
 @pytest.mark.parametrize('stage,step', [('tokenizer', 4), ('pretrain', 4), ('posttrain', 4)])
@@ -70,16 +95,19 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch)
         real(self, name, at, done, opts)
         if (at, done) == (stage, step):
             raise Killed
+
     monkeypatch.setattr(train.Run, 'save', save_then_die)
     with pytest.raises(Killed):
         train.main([*TEST, '--out', str(out)])
-    with open(out / 'log.jsonl', 'a') as f:           # a line written after the checkpoint must go
+    with open(out / 'log.jsonl', 'a') as f:  # a line written after the checkpoint must go
         f.write(json.dumps({'stage': stage, 'step': step + 1}) + '\n')
     monkeypatch.setattr(train.Run, 'save', real)
     train.main([*TEST, '--out', str(out), '--resume'])
     a, b = weights(run_dir / 'model.safetensors'), weights(out / 'model.safetensors')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    drop = lambda p: [{k: v for k, v in json.loads(x).items() if k != 'seconds'} for x in p.read_text().splitlines()]
+    drop = lambda p: [
+        {k: v for k, v in json.loads(x).items() if k != 'seconds'} for x in p.read_text().splitlines()
+    ]
     assert drop(run_dir / 'log.jsonl') == drop(out / 'log.jsonl')
 
 
@@ -89,14 +117,16 @@ def test_same_seed_same_weights_other_seed_other_weights(run_dir, tmp_path):
     assert not torch.equal(a['umm.blocks.0.qkv.weight'], b['umm.blocks.0.qkv.weight'])
 
 
-@pytest.mark.parametrize('flags', [['--image_input', 'code'], ['--quantizer', 'fsq'], ['--proxy', 'edge'],
-                                   ['--proxy', 'none']])
+@pytest.mark.parametrize(
+    'flags',
+    [['--image_input', 'code'], ['--quantizer', 'fsq'], ['--proxy', 'edge'], ['--proxy', 'none']],
+)
 def test_switches_train(tmp_path, flags):
     train.main([*TEST, '--out', str(tmp_path / 'run'), *flags])
 
 
 def test_mixture_is_what_the_settings_say():
-    """Pictures per step as drawn from the world: the default ratio of proxy to question pictures is 2 to 1."""
+    """Pictures drawn from the world in a step: 2 with a proxy map for 1 with questions, by default."""
     s = train.parse(['--preset', 'test', '--device', 'cpu'])
     world, counts = data.World(16), {}
 
@@ -107,9 +137,13 @@ def test_mixture_is_what_the_settings_say():
             def call(split, index, B, *args, **kw):
                 counts[name] = counts.get(name, 0) + B
                 return getattr(world, name)(split, index, B, *args, **kw)
+
             return call
+
     torch.manual_seed(0)
-    c = model.Config(size=16, codebook=64, vq_width=16, vq_depth=1, vocab=world.text.size, n_layer=1, n_embd=32)
+    c = model.Config(
+        size=16, codebook=64, vq_width=16, vq_depth=1, vocab=world.text.size, n_layer=1, n_embd=32
+    )
     run = type('Run', (), dict(s=s, world=Spy(), tok=model.VQTokenizer(c).eval(), umm=model.UMM(c)))
     losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask))
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
@@ -131,16 +165,29 @@ def test_every_setting_is_a_flag_with_its_default(capsys):
     assert train.parse(['--preset', 'test', '--n_layer', '3']).n_layer == 3
 
 
-@pytest.mark.parametrize('flags,named', [
-    (['--proxy', 'sge'], 'sge'), (['--quantizer', 'lfq'], 'lfq'), (['--image_input', 'x'], 'image_input'),
-    (['--preset', 'tpu'], 'tpu'), (['--tok_steps', '0'], 'tok_steps'), (['--lr', 'nan'], 'lr'), (['--lr', '-1'], 'lr'),
-    (['--size', '30'], '--size is 30'), (['--n_embd', '50'], 'n_embd'), (['--drop', '2'], 'drop'),
-    (['--seed', '-1'], 'seed'), (['--device', 'tpu'], 'tpu'), (['--codebook', '100', '--quantizer', 'fsq'], '100')])
+@pytest.mark.parametrize(
+    'flags,named',
+    [
+        (['--proxy', 'sge'], 'sge'),
+        (['--quantizer', 'lfq'], 'lfq'),
+        (['--image_input', 'x'], 'image_input'),
+        (['--preset', 'tpu'], 'tpu'),
+        (['--tok_steps', '0'], 'tok_steps'),
+        (['--lr', 'nan'], 'lr'),
+        (['--lr', '-1'], 'lr'),
+        (['--size', '30'], '--size is 30'),
+        (['--n_embd', '50'], 'n_embd'),
+        (['--drop', '2'], 'drop'),
+        (['--seed', '-1'], 'seed'),
+        (['--device', 'tpu'], 'tpu'),
+        (['--codebook', '100', '--quantizer', 'fsq'], '100'),
+    ],
+)
 def test_impossible_settings_are_named(tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=named):
         train.main(flags)
-    assert not list(tmp_path.iterdir())               # nothing was written
+    assert not list(tmp_path.iterdir())  # nothing was written
 
 
 def test_a_run_is_never_lost_by_accident(run_dir):
@@ -165,7 +212,19 @@ def test_unwritable_run_folder(tmp_path):
 
 def test_nan_stops_at_once_with_the_step(tmp_path):
     with pytest.raises(UserError, match='step [0-9]+: the gradient is not finite'):
-        train.main([*TEST, '--out', str(tmp_path / 'run'), '--lr', '1e38', '--muon_lr', '1e30', '--tok_lr', '1e38'])
+        train.main(
+            [
+                *TEST,
+                '--out',
+                str(tmp_path / 'run'),
+                '--lr',
+                '1e38',
+                '--muon_lr',
+                '1e30',
+                '--tok_lr',
+                '1e38',
+            ]
+        )
 
 
 def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
@@ -176,6 +235,7 @@ def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
 
     def full(*args, **kw):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(model.os, 'fsync', full)
     with pytest.raises(UserError, match='No space left'):
         model.save(path, tensors, {'a': 2})
@@ -190,8 +250,13 @@ def test_hostile_checkpoints_give_one_clear_line(run_dir, tmp_path):
         with pytest.raises(UserError, match='not a whole nanoUMM checkpoint'):
             model.load(path)
     meta = model.load(run_dir / 'model.safetensors')[4]
-    for change, message in (({'n_embd': 10**12}, 'impossible'), ({'n_layer': 2}, 'missing'), ({'vocab': 9}, 'impossible'),
-                            ({'n_embd': 64}, 'misshapen'), ({'size': '16'}, 'impossible')):
+    for change, message in (
+        ({'n_embd': 10**12}, 'impossible'),
+        ({'n_layer': 2}, 'missing'),
+        ({'vocab': 9}, 'impossible'),
+        ({'n_embd': 64}, 'misshapen'),
+        ({'size': '16'}, 'impossible'),
+    ):
         model.save(path, tensors, {**meta, 'config': {**meta['config'], **change}})
         with pytest.raises(UserError, match=message):
             model.load(path)
