@@ -12,6 +12,7 @@ import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 
 import tiktoken
 import torch
@@ -25,6 +26,7 @@ CLASSES = ('background',) + SHAPES
 # six colours can be, and the map from class to colour is fixed, so there is a single right answer.
 PALETTE = torch.tensor([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)])
 CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
+PLURAL = {name: name + ('es' if name.endswith('s') else 's') for name in SHAPES}
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
 CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4,
           'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
@@ -40,11 +42,12 @@ class UserError(Exception):
 
 
 def guard(main):
-    """Run a command line: a UserError becomes one line on stderr and exit status 2."""
+    """Run a command line; a UserError becomes one line on stderr and exit status 2."""
     try:
         main()
     except UserError as e:
-        sys.exit(print(f'error: {e}', file=sys.stderr) or 2)
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
 
 
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
@@ -66,9 +69,6 @@ class Scenes:
     z: torch.Tensor              # [B,4] depth, 0 near .. 1 far
     theme: torch.Tensor          # [B] attribute that may be counted: 0-4 shape, 5-10 colour, -1 none
     radius = property(lambda self: NEAR + (FAR - NEAR) * self.z)                      # [B,4]
-
-    def map(self, f):
-        return Scenes(*map(f, vars(self).values()))
 
 
 class Object(namedtuple('Object', 'shape colour cell x y z')):
@@ -197,9 +197,6 @@ WORDS = {
     'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
 
 
-plural = lambda name: name + ('es' if name.endswith('s') else 's')
-
-
 def relation(a: Object, b: Object, margin=1.5):
     """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None if not clear-cut."""
     dx, dy = a.x - b.x, a.y - b.y
@@ -218,7 +215,7 @@ def caption(objs: list[Object], style: str, rng: random.Random):
         a, b = rng.sample(objs, 2)
         return relation(a, b) and f'a {a.name} {relation(a, b)} a {b.name}'
     if style == 'count' and len(objs) > 1 and len({o.shape for o in objs}) == 1:
-        return f'{NUMBERS[len(objs)]} {plural(objs[0].shape)}'
+        return f'{NUMBERS[len(objs)]} {PLURAL[objs[0].shape]}'
     if style == 'list' or (style == 'bare' and len(objs) <= 2):
         return ' and '.join(', '.join(names).rsplit(', ', 1))
 
@@ -268,7 +265,7 @@ class Questions:
             return ['objects'], str(len(self.objs))
         name = (SHAPES + tuple(COLOURS))[self.theme]
         n = sum(name in (o.shape, o.colour) for o in self.objs)
-        return [plural(name) if name in SHAPES else f'{name} objects'], str(n)
+        return [PLURAL[name] if name in SHAPES else f'{name} objects'], str(n)
 
     def exist(self):
         """'no' recombines colours and shapes that are there if possible (as POPE's adversarial)."""
@@ -298,6 +295,7 @@ class Text:
         return self.bpe.encode_ordinary(' ' + ' '.join(text.lower().split())) if text.strip() else []
 
     def decode(self, ids) -> str:
+        ids = takewhile(lambda i: i != self.end, ids)            # what follows the end says nothing
         return self.bpe.decode([i for i in ids if i < self.answer]).strip()
 
     @staticmethod
@@ -338,8 +336,9 @@ def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
             if answer is not None:
                 a = text.encode(answer)
                 row += [(t, k, y) for t, y in zip([text.answer] + a, a + [text.end])]
-    out = [row + [(text.end, -1, -1)] * (max(1, *map(len, out)) - len(row)) for row in out]
-    return Sequence(*torch.tensor(out, device=device).unbind(-1), image=image)        # [B,T] each
+    T = max(1, *map(len, out))
+    grid = torch.tensor([row + [(text.end, -1, -1)] * (T - len(row)) for row in out], device=device)
+    return Sequence(*grid.unbind(-1), image=image)                                    # [B,T] each
 
 
 class World:
@@ -354,7 +353,8 @@ class World:
         scenes = sample_scenes(B, generator(self.seed, split, index))
         found = list(zip(objects(scenes), scenes.theme.tolist()))
         g = generator(self.seed, split, index + 2**31, self.device)
-        r = render(scenes.map(lambda t: t.to(self.device)), self.size, g) if pixels else None
+        scenes = Scenes(*(t.to(self.device) for t in vars(scenes).values()))
+        r = render(scenes, self.size, g) if pixels else None
         return found, r, random.Random(f'{self.seed}/{split}/{index}')
 
     def corpus(self):

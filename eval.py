@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, wrap
 
 import torch
 import torch.nn.functional as F
@@ -268,7 +268,7 @@ def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
     n, S = max(len(r) for r in rows), rows[0].shape[-1] * scale
     line = 13
-    heights = [S + gap + line * max([len(t.splitlines()) for t in texts] or [0])
+    heights = [S + gap + line * max([len(wrap(t, 21)) for t in texts] or [0])
                for texts in [*captions, *[()] * (len(rows) - len(captions))]]
     canvas = Image.new('RGB', (n * (S + gap) + gap, sum(heights) + gap), 'white')
     draw, y = ImageDraw.Draw(canvas), gap
@@ -277,7 +277,8 @@ def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
             pixels = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             canvas.paste(Image.fromarray(pixels).resize((S, S), Image.NEAREST), (gap + i * (S + gap), y))
             if k < len(captions) and i < len(captions[k]):
-                draw.multiline_text((gap + i * (S + gap), y + S), captions[k][i], 'black', spacing=1)
+                at = gap + i * (S + gap), y + S
+                draw.multiline_text(at, fill(captions[k][i], 21), 'black', spacing=1)
         y += heights[k]
     return canvas
 
@@ -300,15 +301,10 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
         ask = data.Questions(objs, theme, rng)
         qa.append(next(x for k in kinds[i % len(kinds):] + kinds if (x := ask.ask(k))))
     s = data.pack(world.text, [[(q, None)] for q, _ in qa], s.image, world.device)
-    answers = [world.text.decode(a) for a in until(umm.generate(
-        s, first=world.text.answer, stop=world.text.end, temperature=0).tolist(), world.text.end)]
-    notes = [fill(f'{q} {a}' + (f' (true: {t})' if a != t else ''), 21) for (q, t), a in zip(qa, answers)]
-    return grid([drawn, r.image, maps, target], [[fill(t, 21) for t in wanted], [], [], notes])
-
-
-def until(rows, end):
-    """Token rows cut before their end token."""
-    return [row[:row.index(end)] if end in row else row for row in rows]
+    rows = umm.generate(s, world.text.answer, world.text.end, temperature=0).tolist()
+    answers = [world.text.decode(row) for row in rows]
+    notes = [f'{q} {a}' + (f' (true: {t})' if a != t else '') for (q, t), a in zip(qa, answers)]
+    return grid([drawn, r.image, maps, target], [wanted, [], [], notes])
 
 
 # ---- everything at once ----

@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 
 import data
 from data import UserError
-from eval import grid, source, until
 from model import load
 
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
@@ -103,18 +102,23 @@ def main(argv=None):
                         'the text is empty: write what to draw or to ask')
     image = None
     if a.task != 'draw':
-        image = source(umm, tok, read_image(a.image, umm.c.size).to(device).expand(a.n, -1, -1, -1))
+        image = read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1)
+        image = tok.encode(image) if umm.c.image_input == 'code' else image
     s = data.pack(text, [[(prompt, None)]] * a.n, image, device)
     how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k,
                generator=torch.Generator(device).manual_seed(a.seed))
     if a.task in ('ask', 'caption'):
-        for row in until(umm.generate(s, text.answer, text.end, 64, **how).tolist(), text.end):
+        for row in umm.generate(s, text.answer, text.end, 64, **how).tolist():
             print(text.decode(row))
         return
-    pictures = tok.decode(umm.generate(s, **how))                                     # [n,3,S,S]
+    pictures = tok.decode(umm.generate(s, **how)).permute(0, 2, 3, 1).mul(255).round().byte().cpu()
+    side, S = math.ceil(a.n ** .5), max(256, umm.c.size)
+    canvas = Image.new('RGB', (side * S, math.ceil(a.n / side) * S))
+    for i, x in enumerate(pictures.numpy()):                                          # [S,S,3]
+        canvas.paste(Image.fromarray(x).resize((S, S), Image.NEAREST), (i % side * S, i // side * S))
     part = Path(f'{a.out}.part')
     try:                                             # a temporary file first: nothing is half-written
-        grid(pictures.split(math.ceil(a.n ** .5)), scale=max(1, 256 // umm.c.size)).save(part, 'PNG')
+        canvas.save(part, 'PNG')
         os.replace(part, a.out)
     except OSError as e:
         part.unlink(missing_ok=True)

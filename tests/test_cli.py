@@ -48,7 +48,8 @@ def test_readme_commands(folder, monkeypatch):
 
 def test_readme_flags_exist():
     for line in re.findall(r'python train\.py ([^#\n`]*)', (ROOT / 'README.md').read_text()):
-        train.parse(shlex.split(line))
+        if line.split() != ['-h']:
+            train.parse(shlex.split(line))
 
 
 def test_readme_says_how_long_the_files_are():
@@ -71,7 +72,7 @@ def test_house_rules():
             for line in lines
             for m in re.findall(r'^(?:from|import) (data|model|eval|train|sample)\b', line)
         }
-        later = order[order.index(name) :] if name in order else ['train']
+        later = order[order.index(name) :] if name in order else ['eval', 'train']
         assert not used & set(later), name
     assert total <= 1700
 
