@@ -299,7 +299,7 @@ class Text:
         return self.bpe.decode([i for i in ids if i < self.answer]).strip()
 
     @staticmethod
-    def from_corpus(texts, size=640):
+    def from_corpus(texts, size=512):
         """Train BPE (Sennrich et al. 2016) on the distinct words of `texts`; deterministic."""
         words = {w for t in texts for w in re.findall(r'\w+|[^\w\s]+', t.lower())}
         words = [[bytes([b]) for b in (' ' + w).encode()] for w in sorted(words)]
