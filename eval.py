@@ -1,6 +1,6 @@
 """Every measurement: understanding, generation, segmentation, tokenizer, on scenes never trained on.
 
-    python eval.py                         evaluate out/cpu/model.safetensors, write out/cpu/scores.json
+    python eval.py                         evaluate out/cpu/model.safetensors again: scores_test.json
     python eval.py --run out/gpu --n 1024
 
 Each figure is {value, low, high, n}, with a 95% interval. Test scenes are the same for every run.
@@ -24,7 +24,6 @@ from model import load
 Z = 1.96                       # half-width of a 95% interval in standard errors
 CATEGORIES = {'single': ('bare', 1), 'two': ('bare', 2), 'counting': ('count', None),
               'colours': ('list', 1), 'position': ('relation', 2), 'attribution': ('list', 2)}
-# category -> (style of caption, number of objects)
 
 
 # ---- figures with intervals ----
@@ -56,7 +55,7 @@ def mean(values: torch.Tensor) -> dict:
 # ---- understanding ----
 @torch.no_grad()
 def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> dict:
-    """Accuracy by type over n pictures with Q questions each; the whole answer must be right.
+    """Accuracy by type over n pictures (or more, to fill B) with Q questions each; whole answers count.
 
     A greedy answer is the true one exactly when every true token, the end included, is the likeliest
     after the true tokens before it: one pass over the true answers scores greedy decoding.
@@ -76,8 +75,8 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
 
 
 def blind(world: World, n=512, split='test') -> dict:
-    """The same questions answered from their words alone: the answer most frequent in 16 n training
-    scenes after that question; for one never seen, after its type, first among those the words name."""
+    """Such questions about the same scenes, answered from their words alone: the answer most frequent
+    in 16 n training scenes after that question; if never seen, after its type, those named first."""
     seen = defaultdict(Counter)
     for i in range(n * 16 // 100):
         scenes, _, rng = world.scenes('train', 2**30 + i, 100, pixels=False)
@@ -151,7 +150,7 @@ def detect(images) -> list[list[data.Object]]:
             k, y, x = at // (S * S), at // S % S, at % S
             covered = F.pad(bank[k, 0], (x, S - x, y, S - y))[pad:pad + S, pad:pad + S] > 0     # [S,S]
             y, x = (m & covered).nonzero().float().mean(0).add(.5).div(S).tolist()
-            name = list(data.COLOURS)[int(colour[b][m].mode().values)]
+            name = list(data.COLOURS)[int(colour[b][m][0])]
             shape = data.SHAPES[k * len(data.SHAPES) // len(bank)]
             found[b].append(data.Object(shape, name, 0, x, y, 0.))
             rest = m & (F.max_pool2d(covered[None].float(), 3, 1, 1)[0] == 0)
@@ -177,7 +176,7 @@ def satisfied(wanted: list[data.Object], category: str, found: list[data.Object]
 
 
 def prompts(world: World, category: str, n: int, split='test'):
-    """n test scenes that fit a category -> (captions, wanted objects, true pictures [n, 3, S, S])."""
+    """n scenes that fit a category -> (captions, wanted objects, true pictures [n, 3, S, S])."""
     (style, count), out, index = CATEGORIES[category], [], 2**20
     while len(out) < n:
         scenes, r, rng = world.scenes(split, index, 128)
@@ -315,7 +314,7 @@ def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
     world = World(world.size, 0, world.device, world.text)     # the same scenes for every run
     return {'understanding': understanding(umm, tok, world, n, split), 'blind': blind(world, n, split),
             'generation': generation(umm, tok, world, max(2, n // 8), cfg, split=split),
-            'segmentation': segmentation(umm, tok, world, max(2, n * 3 // 8), split),
+            'segmentation': segmentation(umm, tok, world, min(256, max(2, n * 3 // 8)), split),
             'tokenizer': tokenizer(tok, world, n, split)}
 
 
@@ -342,12 +341,14 @@ def table(scores: dict) -> str:
     return '\n'.join([lines[0], '|' + '---|' * 5, *lines[1:]])
 
 
-def report(scores: dict, folder: Path):
-    """Print the table and write folder/scores.json."""
+def report(scores: dict, path: Path):
+    """Print the table and write it, with all digits, to `path`."""
     print(table(scores))
-    part = folder / 'scores.json.part'
-    part.write_text(json.dumps(scores, indent=1) + '\n')
-    os.replace(part, folder / 'scores.json')
+    try:
+        Path(f'{path}.part').write_text(json.dumps(scores, indent=1) + '\n')
+        os.replace(f'{path}.part', path)
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror}): make room, then python eval.py')
 
 
 def main(argv=None):
@@ -358,12 +359,12 @@ def main(argv=None):
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     a = p.parse_args(argv)
-    if a.n < 16:
-        raise UserError(f'--n is {a.n}: at least 16')
+    if a.n < 16 or not 0 <= a.cfg <= 100:
+        raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
     scores = evaluate(umm, tok, World(umm.c.size, 0, device, text), a.n, a.cfg, a.split)
-    report(scores, Path(a.run))
+    report(scores, Path(a.run) / f'scores_{a.split}.json')
 
 
 if __name__ == '__main__':

@@ -29,8 +29,8 @@ class Config:
     quantizer: str = 'vq'        # 'vq' (learned codebook) or 'fsq' (fixed grid)
     vocab: int = 512             # V, text tokens, the special ones included
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128            # C
+    n_head: int = 3
+    n_embd: int = 96             # C
     image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
 
     @property
@@ -242,8 +242,7 @@ class UMM(nn.Module):
 
     @property
     def max_text(self) -> int:
-        """Longest text, in tokens, that fits beside a picture and its codes."""
-        return len(self.cos) - self.c.grid
+        return len(self.cos) - self.c.grid         # longest text, in tokens, with a position for each
 
     def position(self):
         return (self.row + self.col).flatten(0, 1)                                    # [N,C]
@@ -375,7 +374,7 @@ def load(path, device='cpu'):
     try:
         with safe_open(path, 'pt') as f:
             meta = json.loads(f.metadata()['nanoumm'])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}   # not mapped
         c = Config(**meta['config'])
         text = Text([bytes.fromhex(t) for t in meta['text']])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:

@@ -24,8 +24,9 @@ from model import load
 
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
 TASKS = {'draw': 'draw pictures of a text', 'ask': 'answer a question about a picture',
-         'caption': 'describe a picture', 'segment': 'generate the map of classes',
-         'depth': 'generate a depth map', 'edges': 'generate an edge map', 'copy': 'generate it again'}
+         'caption': 'describe a picture', 'segment': 'generate its map of classes',
+         'depth': 'its depth map (run with --proxy depth)', 'edges': 'its edges (--proxy edge)',
+         'copy': 'the picture again (--proxy recon)'}
 INSTRUCTIONS = {'caption': 'list', 'segment': 'seg', 'depth': 'depth map', 'edges': 'edge',
                 'copy': 'recon'}
 
@@ -70,7 +71,7 @@ def parse(argv=None):
                 ('cfg', 2. if draw else 1., 'classifier-free guidance scale, 1 = off'),
                 ('temperature', 1. if draw else 0., '0 = greedy'),
                 ('top_k', 64, 'sample from that many likeliest tokens, 0 = all'),
-                ('out', f'{task}.png', 'picture to write'),
+                ('out', f'{task}.png', 'PNG to write, where the answer is a picture'),
                 ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/')):
             q.add_argument(f'--{name}', type=type(default), default=default,
                            help=f'{text} (default {default!r})')
@@ -82,11 +83,10 @@ def parse(argv=None):
     return a
 
 
-def newest_checkpoint() -> Path:
+def newest_checkpoint():
     found = sorted(Path('out').glob('*/model.safetensors'), key=os.path.getmtime)
     if not found:
-        raise UserError('no checkpoint under out/: make one with `python train.py`, or name yours with '
-                        '--checkpoint')
+        raise UserError('no checkpoint under out/: make one with `python train.py` or name --checkpoint')
     return found[-1]
 
 
@@ -94,7 +94,8 @@ def newest_checkpoint() -> Path:
 def main(argv=None):
     a = parse(argv)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    tok, umm, text, _, _ = load(a.checkpoint or newest_checkpoint(), device)
+    checkpoint = a.checkpoint or newest_checkpoint()
+    tok, umm, text, _, _ = load(checkpoint, device)
     prompt = a.text if a.task in ('draw', 'ask') else data.WORDS[INSTRUCTIONS[a.task]][0]
     n, limit = len(text.encode(prompt)), umm.max_text - 64
     if not 0 < n <= limit:
@@ -123,7 +124,7 @@ def main(argv=None):
     except OSError as e:
         part.unlink(missing_ok=True)
         raise UserError(f'cannot write {a.out} ({e.strerror}): choose another --out')
-    print(f"wrote {a.out}: {a.n} picture{'s' * (a.n > 1)}")
+    print(f"wrote {a.out}: {a.n} picture{'s' * (a.n > 1)} of {checkpoint}")
 
 
 if __name__ == '__main__':

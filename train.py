@@ -5,7 +5,7 @@
     posttrain   SGT (arXiv 2605.18714): picture -> segmentation map, 2:1 with questions
 
     python train.py                  everything, then the evaluation; writes out/cpu (or out/gpu)
-    python train.py --resume         go on after an interruption, to the same bits
+    python train.py --resume         the same command and --resume: go on after an interruption
     python train.py --preset test    the same in seconds
 """
 import argparse
@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ class Settings:
     resume: bool = opt(False, 'go on with the run in the folder')
     overwrite: bool = opt(False, 'throw away the run in the folder')
     seed: int = opt(0, 'seed of weights, scenes, order and questions')
-    device: str = opt('auto', 'cpu, cuda, mps or auto')
+    device: str = opt('auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu')
     dtype: str = opt('auto', 'of matrix products in the transformer: float32, bfloat16 or auto')
     threads: int = opt(0, 'CPU threads; 0: as many as cores')
     size: int = opt(32, 'side of the pictures in pixels')
@@ -57,7 +56,7 @@ class Settings:
     pre_steps: int = opt(300, 'steps of the pretrain stage')
     pre_ask: int = opt(8, 'pictures with questions a step, pretraining')
     pre_draw: int = opt(16, 'pictures drawn from text a step, pretraining')
-    post_steps: int = opt(1400, 'steps of the posttrain stage')
+    post_steps: int = opt(1200, 'steps of the posttrain stage')
     post_ask: int = opt(10, 'pictures with questions a step, post-training')
     post_draw: int = opt(4, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
@@ -81,10 +80,10 @@ class Settings:
 
 
 PRESETS = {
-    'cpu': {},
-    'gpu': dict(size=64, codebook=1024, vq_width=192, vq_depth=3, n_layer=8, n_head=8, n_embd=384,
-                tok_steps=4000, tok_batch=128, pre_steps=6000, pre_ask=64, pre_draw=64, post_steps=3000,
-                post_ask=48, post_draw=16, eval_n=2048, save_every=1000, sample_every=1000),
+    'cpu': {}, 'gpu': dict(
+        size=64, codebook=1024, vq_width=192, vq_depth=3, n_layer=8, n_head=8, n_embd=384,
+        tok_steps=4000, tok_batch=128, pre_steps=6000, pre_ask=64, pre_draw=64, post_steps=3000,
+        post_ask=48, post_draw=16, eval_n=2048, save_every=1000, sample_every=1000),
     'test': dict(size=16, codebook=64, vq_width=16, vq_depth=1, n_layer=1, n_head=2, n_embd=32,
                  tok_steps=8, tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2,
                  post_draw=2, questions=4, eval_n=32, log_every=2, save_every=4, sample_every=4)}
@@ -154,7 +153,7 @@ class Run:
                                     f'{k} is {v!r} here, {old.get(k)!r} there')
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w')
+            self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
         except OSError as e:
             raise UserError(f'cannot write to the run folder {s.out} ({e.strerror}): try another --out')
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
@@ -162,7 +161,7 @@ class Run:
         self.logfile.truncate()
         self.world = World(s.size, s.seed, device, text if s.resume else None)
         if not s.resume:
-            state.unlink(missing_ok=True)
+            list(map(Path.unlink, self.dir.glob('*.safetensors')))      # --overwrite
             shared = vars(s).keys() & vars(Config()).keys()
             c = Config(**{k: getattr(s, k) for k in shared}, vocab=self.world.text.size)
             torch.manual_seed(s.seed)
@@ -214,8 +213,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         rise, fall = (step + 1) / max(1, s.warmup * steps), (steps - step) / max(1, cooldown * steps)
         for o, peak in zip(opts, peaks):
             o.param_groups[0]['lr'] = peak * min(1, rise, fall)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16 and index > 0):
-            losses = loss_of(step)
+        losses = loss_of(step)
         losses['loss'].backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
@@ -241,7 +239,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         if done < steps and (done % s.save_every == 0 or run.stop):
             run.save('state.safetensors', stage, done, opts)
             if run.stop:
-                raise UserError(f'interrupted; saved {stage} step {done}. Go on with --resume')
+                raise UserError(f'stopped; saved {stage} step {done}. Go on: same command and --resume')
     run.stage, run.step = (STAGES[index + 1], 0) if stage != STAGES[-1] else (stage, steps)
     run.save('state.safetensors', run.stage, run.step)
 
@@ -273,19 +271,20 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int) -> dict:
     """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
     a map. A head's loss is the mean over all its targets, so that their number sets no weight."""
     s, world, tok, umm, out, pixel = run.s, run.world, run.tok, run.umm, {}, []
+    forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
     if ask:
         seq, _ = world.questions('train', 3 * step, ask, s.questions)
         seq.image = evaluation.source(umm, tok, seq.image)
-        out['text'] = umm(seq)[0]
+        out['text'] = forward(seq)[0]
     if draw:
         seq, target = world.drawings('train', 3 * step + 1, draw, s.drop)
         seq.codes = tok.encode(target)
-        out['draw'] = umm(seq)[1]
+        out['draw'] = forward(seq)[1]
         pixel.append((draw, out['draw']))
     if proxies:
         seq, target, _ = world.proxies('train', 3 * step + 2, proxies, s.proxy)
         seq.image, seq.codes = evaluation.source(umm, tok, seq.image), tok.encode(target)
-        out[s.proxy] = umm(seq)[1]
+        out[s.proxy] = forward(seq)[1]
         pixel.append((proxies, out[s.proxy]))
     image = sum(n * l for n, l in pixel) / max(1, draw + proxies)
     loss = s.w_text * out.get('text', 0) + s.w_image * image
@@ -336,8 +335,8 @@ def parse(argv=None) -> Settings:
 def check(s: Settings):
     """Name impossible settings before anything is written."""
     zero = 'seed threads pre_draw post_draw ratio drop w_text w_image warmup cooldown pre_cooldown cfg'
-    rules = [(k, math.isfinite(v) and v >= (k not in zero.split()) * 1e-12,
-              '0 or more' if k in zero.split() else 'more than 0')
+    rules = [(k, 0 <= v < 2**62 and (v > 0 or k in zero.split()),
+              ('0 or more' if k in zero.split() else 'more than 0') + ', finite')
              for k, v in vars(s).items() if type(v) in (int, float)]
     rules += [(k, getattr(s, k) in allowed.split(), f'one of {allowed}') for k, allowed in (
         ('quantizer', 'vq fsq'), ('image_input', 'patch code'), ('dtype', 'auto float32 bfloat16'),
@@ -355,7 +354,7 @@ def check(s: Settings):
 def choose_device(s: Settings):
     """The one place where both are chosen: -> (torch.device, bfloat16?); prints them with the reason."""
     there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    name = there[0] if s.device == 'auto' else s.device
+    name = ('cuda' if 'cuda' in there else 'cpu') if s.device == 'auto' else s.device
     if name not in there:
         raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
     torch.set_num_threads(s.threads or torch.get_num_threads())
@@ -378,8 +377,9 @@ def main(argv=None):
     run = Run(s, *choose_device(s))
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M'.format(*size))
-    with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; main thread only
-        signal.signal(signal.SIGINT, lambda *_: setattr(run, 'stop', True))
+    with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; a second kills
+        signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),
+                                                 signal.signal(signal.SIGINT, signal.SIG_DFL)))
     train_tokenizer(run)
     pretrain(run)
     if run.step == 0:
@@ -388,11 +388,10 @@ def main(argv=None):
     run.save('model.safetensors', 'posttrain', s.post_steps)
     scores = evaluation.evaluate(run.umm, run.tok, run.world, s.eval_n, s.cfg)
     scores['minutes'] = (time.time() - begin) / 60
-    evaluation.report(scores, run.dir)
+    evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
     print(f"""\n{scores['minutes']:.1f} minutes. Now look at {run.dir}/samples.png, then try:
-    python sample.py draw "a red circle left of a blue square"
-    python sample.py ask draw.png "what is at the top left?"
+    python sample.py draw "a red circle left of a blue square" --n 1
     python train.py --proxy edge --out out/edge    # edges instead of segmentation: what changes?""")
 
 
