@@ -38,7 +38,9 @@ def folder(run_dir, tmp_path_factory):
 def test_readme_commands(folder, monkeypatch):
     """Every sample.py and eval.py command of the README runs, at tiny size, from any folder."""
     monkeypatch.chdir(folder)
-    lines = re.findall(r'^ *python ((?:sample|eval)\.py [^#\n]*)', (ROOT / 'README.md').read_text(), re.M)
+    lines = re.findall(
+        r'^ *python ((?:sample|eval)\.py [^#\n]*)', (ROOT / 'README.md').read_text(), re.M
+    )
     assert len(lines) >= 6
     for line in lines:
         script, *words = shlex.split(line.replace('out/cpu', 'out/test'))

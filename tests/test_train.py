@@ -142,9 +142,27 @@ def test_mixture_is_what_the_settings_say():
 
     torch.manual_seed(0)
     c = model.Config(
-        size=16, codebook=64, vq_width=16, vq_depth=1, vocab=world.text.size, n_layer=1, n_embd=32
+        size=16,
+        codebook=64,
+        vq_width=16,
+        vq_depth=1,
+        vocab=world.text.size,
+        n_layer=1,
+        n_head=2,
+        n_embd=32,
     )
-    run = type('Run', (), dict(s=s, world=Spy(), tok=model.VQTokenizer(c).eval(), umm=model.UMM(c), bf16=False, device=torch.device('cpu')))
+    run = type(
+        'Run',
+        (),
+        dict(
+            s=s,
+            world=Spy(),
+            tok=model.VQTokenizer(c).eval(),
+            umm=model.UMM(c),
+            bf16=False,
+            device=torch.device('cpu'),
+        ),
+    )
     losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask))
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
     n = s.post_draw + 2 * s.post_ask
@@ -178,7 +196,8 @@ def test_every_setting_is_a_flag_with_its_default(capsys):
         (['--size', '30'], '--size is 30'),
         (['--n_embd', '50'], 'n_embd'),
         (['--drop', '2'], 'drop'),
-        (['--seed', '-1'], 'seed'), (['--seed', str(2**64)], 'seed'),
+        (['--seed', '-1'], 'seed'),
+        (['--seed', str(2**64)], 'seed'),
         (['--device', 'tpu'], 'tpu'),
         (['--codebook', '100', '--quantizer', 'fsq'], '100'),
     ],
