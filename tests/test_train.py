@@ -237,11 +237,11 @@ def test_nan_stops_at_once_with_the_step(tmp_path):
                 '--out',
                 str(tmp_path / 'run'),
                 '--lr',
-                '1e38',
+                '1e18',
                 '--muon_lr',
-                '1e30',
+                '1e18',
                 '--tok_lr',
-                '1e38',
+                '1e18',
             ]
         )
 
