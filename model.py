@@ -219,7 +219,7 @@ class UMM(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        C, N = c.n_embd, c.grid ** 2
+        C = c.n_embd
         self.c = c
         self.text_embed = nn.Embedding(c.vocab, C)
         self.code_embed = nn.Embedding(c.codebook + 1, C)          # the last row: start of a picture
@@ -263,7 +263,7 @@ class UMM(nn.Module):
 
     def hidden(self, s: Sequence, kvs: list[KV] | None = None):
         """-> last hidden states at text and codes, [B, T (+ N), C]; kvs: where keys and values go."""
-        B, N = len(s.text), self.c.grid ** 2
+        N = self.c.grid ** 2
         x, turn = self.text_embed(s.text), s.turn
         if s.codes is not None:      # shifted by one: the input at n is code n - 1 and the position of n
             shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)           # [B,N]

@@ -1,6 +1,5 @@
 """Measurements against naive code, and the verifier against the truth."""
 
-import random
 from collections import Counter
 
 import pytest

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import model
 from data import Sequence
 from model import Config, UMM, VQTokenizer
