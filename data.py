@@ -1,8 +1,8 @@
 """All that the model sees: scenes, their renderings, proxy targets, captions, questions and text tokens.
 
 A scene holds 1-4 objects (shape, colour, position, depth) on a textured grey background. Everything is
-exact and free: the class, instance and depth of each pixel, and questions whose answers are known.
-Scenes are a pure function of (seed, split, index): nothing is stored; train, val and test never meet.
+exact and free: class, instance and depth of each pixel, answers to questions. A scene is a pure
+function of (seed, split, index): nothing is stored; train, val and test never meet.
 Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the top left corner.
 """
 import math
@@ -51,23 +51,16 @@ def guard(main):
 
 
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
-    """A random source for every (seed, split, index). torch looks at 32 bits of a seed on the CPU: the
-    last two are the split's, so that splits cannot overlap, the others a hash."""
+    """A random source; of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
     key = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
     return torch.Generator(device).manual_seed(key)
 
 
 # ---- scenes and their renderings ----
-@dataclass
-class Scenes:
-    """B scenes as tensors; slots are in reading order, slots >= n are empty."""
-    n: torch.Tensor              # [B] number of objects, 1..4
-    shape: torch.Tensor          # [B,4] index into SHAPES
-    colour: torch.Tensor         # [B,4] index into COLOURS
-    cell: torch.Tensor           # [B,4] index into CELLS
-    xy: torch.Tensor             # [B,4,2] centres
-    z: torch.Tensor              # [B,4] depth, 0 near .. 1 far
-    theme: torch.Tensor          # [B] attribute that may be counted: 0-4 shape, 5-10 colour, -1 none
+class Scenes(namedtuple('Scenes', 'n shape colour cell xy z theme')):
+    """B scenes as tensors; slots are in reading order. n [B]: number of objects, 1 to 4, slots >= n are
+    empty; shape, colour, cell [B,4]: index into SHAPES, COLOURS, CELLS; xy [B,4,2]: centres; z [B,4]:
+    depth, 0 near to 1 far; theme [B]: what may be counted, 0-4 a shape, 5-10 a colour, -1 nothing."""
     radius = property(lambda self: NEAR + (FAR - NEAR) * self.z)                      # [B,4]
 
 
@@ -77,9 +70,8 @@ class Object(namedtuple('Object', 'shape colour cell x y z')):
 
 
 def sample_scenes(B: int, g: torch.Generator) -> Scenes:
-    """Draw B scenes. Every (colour, shape) pair occurs once at most, so a name means one object. In 40%
-    of the scenes a theme (a shape or a colour) is that of exactly c objects, P(c) = 1/5 for c = 0..4
-    whatever the theme, while n stays uniform: 'how many circles?' cannot be guessed from text."""
+    """Draw B scenes. A (colour, shape) pair occurs once at most: a name means one object. In 40% of them
+    a theme is that of exactly c objects, P(c) = 1/5, while n stays uniform: no count can be guessed."""
     S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
     rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
     # rows n = 1..4, columns c = 0..4: every row sums to 1/4 and every column to 1/5
@@ -110,13 +102,10 @@ def distance_field(shape: int, x, y):
             'ring': lambda: (torch.hypot(x, y) - .70).abs() - .25}[SHAPES[shape]]()
 
 
-@dataclass
-class Rendering:
-    """Pictures and their exact annotations; `image` is all that a model may see as input."""
-    image: torch.Tensor          # [B,3,S,S] in [0, 1]
-    classes: torch.Tensor        # [B,S,S] index into CLASSES
-    instance: torch.Tensor       # [B,S,S] slot of the object + 1, 0 = background
-    depth: torch.Tensor          # [B,S,S] nearness, 0 = background, 1 = nearest
+class Rendering(namedtuple('Rendering', 'image classes instance depth')):
+    """Pictures, exactly annotated. image [B,3,S,S] in [0, 1]: all that a model may see; classes [B,S,S]:
+    index into CLASSES; instance [B,S,S]: slot of the object + 1, 0 = background; depth [B,S,S]:
+    nearness, 0 = background, 1 = nearest."""
 
 
 def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
@@ -149,7 +138,7 @@ def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
 
 def objects(s: Scenes) -> list[list[Object]]:
     """The scenes as lists of Object in reading order."""
-    names, rows = list(COLOURS), zip(*(t.tolist() for t in vars(s).values()))
+    names, rows = list(COLOURS), zip(*(t.tolist() for t in s))
     return [[Object(SHAPES[shape[k]], names[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
             for n, shape, colour, cell, xy, z, _ in rows]
 
@@ -162,14 +151,26 @@ def seg(r: Rendering):
 
 def edge(r: Rendering):
     """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
-    grey = F.pad(r.image.mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate')       # [B,1,S+2,S+2]
+    grey = F.pad(r.image.mean(1, keepdim=True), (1,) * 4, mode='replicate')           # [B,1,S+2,S+2]
     kx = torch.tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]], device=grey.device)
     g = F.conv2d(grey, torch.stack([kx, kx.T])[:, None])                              # [B,2,S,S]
     return g.norm(dim=1, keepdim=True).clamp(max=1).expand_as(r.image)                # [B,3,S,S]
 
 
-PROXIES = {'seg': seg, 'edge': edge, 'recon': lambda r: r.image,
-           'depth': lambda r: r.depth[:, None].expand_as(r.image)}      # near = bright
+def instance(r: Rendering):
+    """Class-agnostic instances, as SAM's: colours differ within a picture and mean nothing beyond it."""
+    turn = (r.image.mean((1, 2, 3)) * 1e6).long()[:, None, None]                      # [B,1,1]
+    return seg(r._replace(classes=(r.instance > 0) * ((r.instance + turn) % 5 + 1)))
+
+
+MAPS = {'seg': seg, 'instance': instance, 'edge': edge,
+        'depth': lambda r: r.depth[:, None].expand_as(r.image)}                       # near = bright
+# Restoration: the input is x [B,3,S,S] spoilt (u: random numbers of that size), the target the picture.
+SPOIL = {'denoise': lambda x, u: (x + .7 * (u - .5)).clamp(0, 1),
+         'deblur': lambda x, u: F.avg_pool2d(F.pad(x, (3,) * 4, mode='replicate'), 7, 1),
+         'superres': lambda x, u: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4.),
+         'inpaint': lambda x, u: torch.where(F.interpolate(u[:, :1, ::8, ::8], x.shape[2:]) < .4, .5, x)}
+PROXIES = MAPS | dict.fromkeys(('recon', *SPOIL), lambda r: r.image)
 
 
 # ---- text; objects are listed in reading order: one right order leaves less to guess per word ----
@@ -179,21 +180,21 @@ WORDS = {
     'list': ('describe the picture.', 'what do you see?'),
     'place': ('describe the picture with places.', 'what is where?'),
     'seg': ('segment the picture.', 'color every object by its class.', 'show the segmentation map.'),
+    'instance': ('segment every object.', 'color every object.', 'show every object.'),
     'depth map': ('estimate the depth.', 'color every object by its distance.', 'show the depth map.'),
     'edge': ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
     'recon': ('copy the picture.', 'draw every object again.', 'show the same picture.'),
     'count': ('how many {} are there?', 'count the {}.'),
+    'exist': ('is there a {}?', 'do you see a {}?'),
     'colour': ('what color is the {}?', 'name the color of the {}.'),
     'shape': ('what shape is the {} object?', 'name the {} shape.'),
-    'exist': ('is there a {}?', 'do you see a {}?'),
     'relation': ('where is the {} relative to the {}?', 'on which side is the {} of the {}?'),
     'depth': ('which is closer, the {} or the {}?', 'what is nearer to you, the {} or the {}?'),
     'distance': ('which is nearest to the {}, the {} or the {}?',
                  'what is next to the {}, the {} or the {}?'),
-    'where': ('where is the {}?', 'find the {}.'),
-    'size': ('is the {} small or large?', 'how large is the {}?'),
+    'where': ('where is the {}?', 'find the {}.'), 'sum': ('what is {} plus {}?', 'add {} and {}.'),
     'what': ('what is at the {}?', 'name the object at the {}.'),
-    'sum': ('what is {} plus {}?', 'add {} and {}.'),
+    'size': ('is the {} small or large?', 'how large is the {}?'),
     'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
 
 
@@ -228,19 +229,17 @@ class Questions:
 
     def ask(self, kind: str):
         """-> (question, answer) as text, or None where the scene allows no such question."""
-        rng = self.rng
         if kind in ('count', 'exist'):
             words, answer = getattr(self, kind)()
         elif kind in REASON:
-            words = rng.sample(range(10), 2)
-            answer = str((sum if kind == 'sum' else max)(words))
+            answer = str((sum if kind == 'sum' else max)(words := self.rng.sample(range(10), 2)))
         elif found := self.about(kind):
-            words, answer = rng.choice(found)
+            words, answer = self.rng.choice(found)
             if kind in ('depth', 'distance'):              # the right one of the last two may be either
-                words = words[:-2] + rng.sample(words[-2:], 2)
+                words = words[:-2] + self.rng.sample(words[-2:], 2)
         else:
             return None
-        return rng.choice(WORDS[kind]).format(*words), answer
+        return self.rng.choice(WORDS[kind]).format(*words), answer
 
     def about(self, kind: str) -> list:
         """All [words to fill in], answer of a type of question with one right answer here."""
@@ -250,22 +249,22 @@ class Questions:
         return {
             'colour': lambda: [([o.shape], o.colour) for o in objs if times(o.shape) == 1],
             'shape': lambda: [([o.colour], o.shape) for o in objs if times(o.colour) == 1],
-            'relation': lambda: [([a.name, b.name], side.replace(' of', ''))
-                                 for a, b in pairs if (side := relation(a, b))],
+            'relation': lambda: [([a.name, b.name], s.replace(' of', ''))
+                                 for a, b in pairs if (s := relation(a, b))],
             'depth': lambda: [([a.name, b.name], a.name) for a, b in pairs if a.z < b.z - .3],
             'distance': lambda: [([x.name, a.name, b.name], a.name) for x in objs for a, b in pairs
                                  if 0 < gap(x, a) < gap(x, b) - .12],
             'where': lambda: [([o.name], CELLS[o.cell]) for o in objs],
-            'size': lambda: [([o.name], 'small' if o.z > .5 else 'large')
-                             for o in objs if abs(o.z - .5) > .1],
+            'size': lambda: [([o.name], ('large', 'small')[o.z > .5]) for o in objs
+                             if abs(o.z - .5) > .1],
             'what': lambda: [([CELLS[o.cell]], o.name) for o in objs]}[kind]()
 
     def count(self):
         if self.theme < 0 or self.rng.random() < .3:
             return ['objects'], str(len(self.objs))
         name = (SHAPES + tuple(COLOURS))[self.theme]
-        n = sum(name in (o.shape, o.colour) for o in self.objs)
-        return [PLURAL[name] if name in SHAPES else f'{name} objects'], str(n)
+        words = [PLURAL[name] if name in SHAPES else f'{name} objects']
+        return words, str(sum(name in (o.shape, o.colour) for o in self.objs))
 
     def exist(self):
         """'no' recombines colours and shapes that are there if possible (as POPE's adversarial)."""
@@ -316,9 +315,8 @@ class Text:
 
 @dataclass
 class Sequence:
-    """A batch of sequences [picture][text][codes]; picture and codes may be absent. The text is made of
-    turns that see the picture but not each other: many questions about a picture cost one pass over it.
-    The codes continue turn 1."""
+    """A batch of [picture][text][codes]; picture and codes may be absent. The text is made of turns that
+    see the picture but not each other: many questions cost one pass. The codes continue turn 1."""
     text: torch.Tensor                       # [B,T] token ids
     turn: torch.Tensor                       # [B,T] 1, 2, ..., or -1 for padding
     target: torch.Tensor | None = None       # [B,T] the token to predict here, -1 = none
@@ -353,7 +351,7 @@ class World:
         scenes = sample_scenes(B, generator(self.seed, split, index))
         found = list(zip(objects(scenes), scenes.theme.tolist()))
         g = generator(self.seed, split, index + 2**31, self.device)
-        scenes = Scenes(*(t.to(self.device) for t in vars(scenes).values()))
+        scenes = Scenes(*(t.to(self.device) for t in scenes))
         r = render(scenes, self.size, g) if pixels else None
         return found, r, random.Random(f'{self.seed}/{split}/{index}')
 
@@ -382,19 +380,21 @@ class World:
         return s, [[kind for kind, _ in turns] for turns in rows]
 
     def drawings(self, split, index, B, drop=.1):
-        """-> (Sequence of prompts, a share `drop` of them empty, target pictures [B, 3, S, S])."""
+        """-> (Sequence of prompts and plans, a share `drop` empty, target pictures [B, 3, S, S])."""
         scenes, r, rng = self.scenes(split, index, B)
         rows = []
         for objs, _ in scenes:
             fit = {s: c for s in STYLES if (c := caption(objs, s, rng))}
             style = rng.choices(list(fit), [STYLES[s] for s in fit])[0]
-            prompt = rng.choice(WORDS['draw']).format(fit[style])
-            rows.append([(prompt if rng.random() >= drop else '', None)])
+            turn = rng.choice(WORDS['draw']).format(fit[style]), fit['place']
+            rows.append([turn if rng.random() >= drop else ('', None)])
         return pack(self.text, rows, device=self.device), r.image
 
     def proxies(self, split, index, B, name):
         """-> (Sequence of pictures with an instruction, the proxy's maps to generate, Rendering)."""
         _, r, rng = self.scenes(split, index, B)
-        words = WORDS['depth map' if name == 'depth' else name]
-        s = pack(self.text, [[(rng.choice(words), None)] for _ in range(B)], r.image, self.device)
+        words = WORDS['depth map' if name == 'depth' else name if name in MAPS else 'recon']
+        u = torch.rand(r.image.shape, generator=generator(self.seed, split, index + 2**32))
+        image = SPOIL[name](r.image, u.to(self.device)) if name in SPOIL else r.image
+        s = pack(self.text, [[(rng.choice(words), None)] for _ in range(B)], image, self.device)
         return s, PROXIES[name](r), r

@@ -6,10 +6,13 @@
 Each figure is {value, low, high, n}, with a 95% interval. Test scenes are the same for every run.
 """
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 from textwrap import fill, wrap
 
@@ -19,7 +22,7 @@ from PIL import Image, ImageDraw
 
 import data
 from data import UserError, World
-from model import load
+from model import draw, load, write
 
 Z = 1.96                       # half-width of a 95% interval in standard errors
 CATEGORIES = {'single': ('bare', 1), 'two': ('bare', 2), 'counting': ('count', None),
@@ -63,7 +66,7 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
     right, total = Counter(), Counter()
     for i in range(math.ceil(n / B)):
         s, kinds = world.questions(split, i, B, Q, captions=())
-        s.image = source(umm, tok, s.image)
+        s.image = umm.inputs(tok, s.image)
         good = (umm.text_head(umm.hidden(s)).argmax(-1) == s.target) | (s.target < 0)  # [B,T]
         for b, row in enumerate(kinds):
             for turn, kind in enumerate(row, 1):
@@ -77,32 +80,23 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
 def blind(world: World, n=512, split='test') -> dict:
     """Such questions about the same scenes, answered from their words alone: the answer most frequent
     in 16 n training scenes after that question; if never seen, after its type, those named first."""
-    seen = defaultdict(Counter)
-    for i in range(n * 16 // 100):
-        scenes, _, rng = world.scenes('train', 2**30 + i, 100, pixels=False)
-        for objs, theme in scenes:
-            for kind in data.VISUAL:
+    def asked(split, first, count):
+        for i in range(math.ceil(count / 64)):
+            scenes, _, rng = world.scenes(split, first + i, 64, pixels=False)
+            for kind, (objs, theme) in product(data.VISUAL, scenes):
                 if qa := data.Questions(objs, theme, rng).ask(kind):
-                    seen[qa[0]][qa[1]] += 1
-                    seen[kind][qa[1]] += 1
-    def guess(kind, question):
-        ranked = [answer for answer, _ in seen[question if question in seen else kind].most_common()]
-        return next((answer for answer in ranked if answer in question), ranked[0])
-    right, total = Counter(), Counter()
-    for i in range(math.ceil(n / 64)):
-        scenes, _, rng = world.scenes(split, i, 64, pixels=False)
-        for objs, theme in scenes:
-            for kind in data.VISUAL * 2:
-                if qa := data.Questions(objs, theme, rng).ask(kind):
-                    total[kind] += 1
-                    right[kind] += guess(kind, qa[0]) == qa[1]
+                    yield kind, *qa
+
+    seen, right, total = defaultdict(Counter), Counter(), Counter()
+    for kind, question, answer in asked('train', 2**30, 16 * n):
+        seen[question][answer] += 1
+        seen[kind][answer] += 1
+    for kind, question, answer in asked(split, 0, 2 * n):
+        ranked = [a for a, _ in seen[question if question in seen else kind].most_common()]
+        total[kind] += 1
+        right[kind] += answer == next((a for a in ranked if a in question), ranked[0])
     scores = {k: share(right[k], total[k]) for k in data.VISUAL}
     return {'mean': mean_of(list(scores.values())), **scores}
-
-
-def source(umm, tok, image):
-    """A picture as this model reads it: pixels, or the tokenizer's codes."""
-    return tok.encode(image) if umm.c.image_input == 'code' else image
 
 
 # ---- generation: GenEval's six categories (Ghosh et al. 2023, section 3) and a verifier by rule ----
@@ -127,10 +121,9 @@ def templates(size: int, device):
 
 
 def detect(images) -> list[list[data.Object]]:
-    """Objects in pictures [B, 3, S, S]: saturated pixels, nearest colour name, connected regions of 2%
-    of the picture or more, and the shape whose template overlaps best (IoU over positions and radii).
-    Pixels of other objects, which may hide a part, do not count; what the template leaves of a region is
-    looked at again, since two objects of one colour may touch."""
+    """Objects in pictures [B, 3, S, S]: connected saturated regions of one colour and 2% of the picture,
+    the shape by the template that overlaps best (IoU over positions and radii; other objects may hide a
+    part). What it leaves of a region is looked at again: objects of one colour may touch."""
     B, _, S, _ = images.shape
     rgb = torch.tensor(list(data.COLOURS.values()), device=images.device)             # [6,3]
     solid = images.amax(1) - images.amin(1) > .35                                     # [B,S,S]
@@ -159,11 +152,8 @@ def detect(images) -> list[list[data.Object]]:
 
 
 def satisfied(wanted: list[data.Object], category: str, found: list[data.Object]) -> bool:
-    """Does a picture with objects `found` hold what the caption of `wanted` says, and nothing else?
-
-    Stricter than GenEval, where more objects may be there except in counting. Position by GenEval's
-    rule: the centre is off in the named direction by more than a margin.
-    """
+    """Do objects `found` make the caption of `wanted` true, and no more? (GenEval allows more except
+    in counting.) Position by its rule: the centre is off that way by more than a margin."""
     coloured = category in ('colours', 'position', 'attribution')
     key = lambda o: (o.shape, o.colour) if coloured else o.shape
     if Counter(map(key, wanted)) != Counter(map(key, found)):
@@ -190,7 +180,7 @@ def prompts(world: World, category: str, n: int, split='test'):
 
 
 @torch.no_grad()
-def generation(umm, tok, world: World, n=64, cfg=2., temperature=1., top_k=64, split='test') -> dict:
+def generation(umm, tok, world: World, n=64, cfg=2., temperature=.7, top_k=64, split='test') -> dict:
     """Share of n prompts per category whose picture passes the verifier.
 
     `verifier`: the same on the true pictures; `ceiling`: on these after the tokenizer's round trip.
@@ -199,10 +189,9 @@ def generation(umm, tok, world: World, n=64, cfg=2., temperature=1., top_k=64, s
     scores, verifier, ceiling = {}, [], []
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
-        s = data.pack(world.text, [[(t, None)] for t in texts], device=world.device)
-        drawn = tok.decode(umm.generate(s, cfg=cfg, temperature=temperature, top_k=top_k, generator=g))
+        codes, _ = draw(umm, world.text, texts, g, cfg=cfg, temperature=temperature, top_k=top_k)
         passed = [sum(satisfied(w, category, f) for w, f in zip(wanted, detect(x)))
-                  for x in (drawn, images, tok.decode(tok.encode(images)))]
+                  for x in (tok.decode(codes), images, tok.decode(tok.encode(images)))]
         scores[category] = share(passed[0], n)
         verifier.append(share(passed[1], n))
         ceiling.append(share(passed[2], n))
@@ -236,7 +225,7 @@ def miou(pred, true) -> dict:
 def segmentation(umm, tok, world: World, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
     s, target, r = world.proxies(split, 2**21, n, 'seg')
-    s.image = source(umm, tok, s.image)
+    s.image = umm.inputs(tok, s.image)
     drawn = tok.decode(umm.generate(s, temperature=0))
     best = tok.decode(tok.encode(target))
     true = r.classes.cpu()
@@ -248,7 +237,7 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
     """PSNR in dB of pictures and of each proxy's maps, mIoU of masks, codes used, perplexity of all."""
     _, r, _ = world.scenes(split, 2**22, n)
     scores, count = {}, torch.zeros(tok.c.codebook)
-    for name, proxy in data.PROXIES.items():
+    for name, proxy in {**data.MAPS, 'recon': data.PROXIES['recon']}.items():
         x = proxy(r)
         codes = tok.encode(x)
         count += codes.flatten().bincount(minlength=tok.c.codebook).cpu()
@@ -289,10 +278,9 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
     g = torch.Generator(world.device).manual_seed(1)
     kinds = list(CATEGORIES)
     wanted = [prompts(world, kinds[i % len(kinds)], i + 1, 'val')[0][i] for i in range(n)]
-    s = data.pack(world.text, [[(t, None)] for t in wanted], device=world.device)
-    drawn = tok.decode(umm.generate(s, cfg=cfg, top_k=64, generator=g))
+    drawn = tok.decode(draw(umm, world.text, wanted, g, cfg=cfg, temperature=.7, top_k=64)[0])
     s, target, r = world.proxies('val', 2**21, n, 'seg')
-    s.image = source(umm, tok, r.image)
+    s.image = umm.inputs(tok, r.image)
     maps = tok.decode(umm.generate(s, temperature=0))
     scenes, _, rng = world.scenes('val', 2**21, n)
     kinds, qa = list(data.VISUAL), []
@@ -300,9 +288,8 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
         ask = data.Questions(objs, theme, rng)
         qa.append(next(x for k in kinds[i % len(kinds):] + kinds if (x := ask.ask(k))))
     s = data.pack(world.text, [[(q, None)] for q, _ in qa], s.image, world.device)
-    rows = umm.generate(s, world.text.answer, world.text.end, temperature=0).tolist()
-    answers = [world.text.decode(row) for row in rows]
-    notes = [f'{q} {a}' + (f' (true: {t})' if a != t else '') for (q, t), a in zip(qa, answers)]
+    notes = [f'{q} {a}' + (f' (true: {t})' if a != t else '')
+             for (q, t), a in zip(qa, write(umm, world.text, s, temperature=0))]
     return grid([drawn, r.image, maps, target], [wanted, [], [], notes])
 
 
@@ -320,24 +307,17 @@ def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
 
 def table(scores: dict) -> str:
     """The scores as Markdown."""
-    short = lambda f: f"{f['value']:.3f}" if f['n'] else '-'
-    show = lambda f: f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" if f['n'] else '-'
-    u, b, g, s, t = scores['understanding'], scores['blind'], *list(scores.values())[2:5]
-    chance = dict(data.CHANCE, mean=sum(data.CHANCE.values()) / len(data.CHANCE))
-    rows = [('understanding', '[95% interval]', 'n', 'blind', 'chance')]
-    rows += [(k, show(u[k]), u[k]['n'], short(b[k]), f'{chance[k]:.3f}') for k in ('mean', *data.VISUAL)]
-    rows += [('reason (text only)', show(u['reason']), u['reason']['n'], '', '')]
-    rows += [('**generation**', '', '', 'verifier', 'ceiling'),
-             ('mean', show(g['mean']), g['mean']['n'], short(g['verifier']), short(g['ceiling']))]
-    rows += [(k, show(g[k]), g[k]['n'], '', '') for k in CATEGORIES]
-    rows += [('**segmentation**', '', '', '', 'ceiling'),
-             ('mIoU', show(s['miou']), s['miou']['n'], '', short(s['ceiling'])),
-             ('**tokenizer**', '', '', '', ''),
-             ('PSNR, dB', f"{t['psnr']['value']:.2f}", t['psnr']['n'], '', ''),
-             ('mask mIoU', show(t['mask_ceiling']), t['mask_ceiling']['n'], '', ''),
-             ('codes used', f"{t['used']['value']:.1%}, perplexity {t['perplexity']:.0f}", '', '', '')]
-    widths = (18, 22, 5, 8, 7)
-    lines = ['| ' + ' | '.join(f'{c!s:<{w}}' for c, w in zip(r, widths)) + ' |' for r in rows]
+    show = lambda f: f'{f:.0f}' if isinstance(f, float) else '-' if not f['n'] else \
+        f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]"
+    chance, rows = dict(data.CHANCE, mean=sum(data.CHANCE.values()) / len(data.CHANCE)), []
+    for part in ('understanding', 'generation', 'segmentation', 'tokenizer'):
+        rows += [('**' + part + '**', '[95% interval]', 'n', *['blind', 'chance'] * (not rows))]
+        for k, f in scores[part].items():
+            seen = part == 'understanding' and k in chance
+            rows += [(k, show(f), '' if isinstance(f, float) else f['n'],
+                      *((show(scores['blind'][k])[:5], f'{chance[k]:.3f}') if seen else ()))]
+    lines = ['| ' + ' | '.join(f'{c!s:<{w}}' for c, w in zip((*r, '', ''), (17, 23, 5, 5, 6))) + ' |'
+             for r in rows]
     return '\n'.join([lines[0], '|' + '---|' * 5, *lines[1:]])
 
 
@@ -351,6 +331,27 @@ def report(scores: dict, path: Path):
         raise UserError(f'cannot write {path} ({e.strerror}): make room, then python eval.py')
 
 
+def choose_device(device='auto', dtype='auto', threads=0):
+    """The one place where both are chosen: -> (torch.device, bfloat16?); prints them with the reason."""
+    there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    name = ('cuda' if 'cuda' in there else 'cpu') if device == 'auto' else device
+    if name not in there:
+        raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
+    torch.set_num_threads(threads or torch.get_num_threads())
+    units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
+        name == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    bf16 = dtype == 'bfloat16' or dtype == 'auto' and units
+    why = 'asked for' if device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
+    type_why = 'asked for' if dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
+    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; "
+          f"dtype: {'bfloat16' if bf16 else 'float32'} ({type_why})")
+    # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
+    # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    return torch.device(name), bf16
+
+
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -361,7 +362,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.n < 16 or not 0 <= a.cfg <= 100:
         raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device, _ = choose_device()
     tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
     scores = evaluate(umm, tok, World(umm.c.size, 0, device, text), a.n, a.cfg, a.split)
     report(scores, Path(a.run) / f'scores_{a.split}.json')

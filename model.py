@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import Sequence, Text, UserError
+from data import Sequence, Text, UserError, pack
 
 
 @dataclass
@@ -33,9 +33,7 @@ class Config:
     n_embd: int = 96             # C
     image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
 
-    @property
-    def grid(self) -> int:
-        return self.size // self.patch
+    grid = property(lambda self: self.size // self.patch)      # G
 
 
 # ---- VQ tokenizer ----
@@ -66,11 +64,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, z, codes):
         """Moving averages of a code's uses and of the vectors it stands for; z [n, dim], codes [n]."""
-        K = len(self.codebook)
-        self.count.lerp_(codes.bincount(minlength=K).to(z.dtype), 1 - self.decay)
+        self.count.lerp_(codes.bincount(minlength=len(self.count)).to(z.dtype), 1 - self.decay)
         self.total.lerp_(torch.zeros_like(self.total).index_add_(0, codes, z), 1 - self.decay)
         dead = self.count < self.dead
-        fresh = z[torch.randint(len(z), (K,), device=z.device)]                       # [K, dim]
+        fresh = z[torch.randint(len(z), self.count.shape, device=z.device)]           # [K, dim]
         self.total.copy_(torch.where(dead[:, None], fresh, self.total))
         self.count.masked_fill_(dead, 1.)
         self.codebook.copy_(F.normalize(self.total, dim=-1))
@@ -181,7 +178,7 @@ class KV:
             self.kv = [torch.cat(pair, 2) for pair in zip(self.kv, (k, v))] if self.kv else (k, v)
             return self.kv
         start, self.used = self.used, self.used + k.shape[2]
-        self.buffer[0, :, :, start:self.used], self.buffer[1, :, :, start:self.used] = k, v
+        self.buffer[:, :, :, start:self.used] = torch.stack((k, v))
         return self.buffer[:, :, :, :self.used]
 
 
@@ -219,8 +216,7 @@ class UMM(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        C = c.n_embd
-        self.c = c
+        self.c, C = c, c.n_embd
         self.text_embed = nn.Embedding(c.vocab, C)
         self.code_embed = nn.Embedding(c.codebook + 1, C)          # the last row: start of a picture
         self.patch_embed = nn.Linear(3 * c.patch ** 2, C)
@@ -235,22 +231,21 @@ class UMM(nn.Module):
             nn.init.normal_(table.weight, std=.7)
         for head in (self.text_head, self.pixel_head):
             nn.init.zeros_(head.weight)                      # the first loss is exactly ln V or ln K
-        for name, table in zip(('cos', 'sin'), rope_table(c.grid + 512, C // c.n_head // 2)):
+        self.max_text = 512                        # longest text, in tokens, with a position for each
+        for name, table in zip(('cos', 'sin'), rope_table(c.grid + self.max_text, C // c.n_head // 2)):
             self.register_buffer(name, table, persistent=False)                       # [positions,D/4]
-        rc = torch.cartesian_prod(torch.arange(c.grid), torch.arange(c.grid))         # [N,2]
-        self.register_buffer('rc', rc, persistent=False)
+        self.register_buffer('rc', torch.cartesian_prod(*[torch.arange(c.grid)] * 2), False)  # [N,2]
 
-    @property
-    def max_text(self) -> int:
-        return len(self.cos) - self.c.grid         # longest text, in tokens, with a position for each
-
-    def position(self):
-        return (self.row + self.col).flatten(0, 1)                                    # [N,C]
+    position = lambda self: (self.row + self.col).flatten(0, 1)                       # [N,C]
 
     def rope(self, at):
         """2-D rotary positions: half of the channels turn by row, half by column; at [B, T, 2]. Text
         moves along the diagonal, as in M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1)."""
         return self.cos[at].flatten(2)[:, None], self.sin[at].flatten(2)[:, None]     # [B,1,T,D/2]
+
+    def inputs(self, tok, image):
+        """Pictures [B, 3, S, S] as this model reads them: pixels, or the tokenizer's codes [B, N]."""
+        return tok.encode(image) if self.c.image_input == 'code' else image
 
     def embed_image(self, image):
         """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
@@ -286,8 +281,7 @@ class UMM(nn.Module):
 
     def forward(self, s: Sequence):
         """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None without a target."""
-        x = self.hidden(s)
-        text = pixel = None
+        x, text, pixel = self.hidden(s), None, None
         if s.target is not None and (keep := s.target >= 0).any():
             text = F.cross_entropy(self.text_head(x[:, :s.text.shape[1]][keep]).float(), s.target[keep])
         if s.codes is not None:
@@ -297,21 +291,19 @@ class UMM(nn.Module):
 
     @torch.no_grad()
     def generate(self, s: Sequence, first: int | None = None, stop: int = -1, length: int = 32, cfg=1.,
-                 temperature=1., top_k=0, generator=None, keep_logits=False):
+                 temperature=1., top_k=0, generator=None):
         """Continue [picture][text], one turn per row, token by token with a preallocated KV cache.
 
         first: None draws the N codes of a picture; else the text token that opens an answer, of at most
         `length` tokens, ended by `stop`. cfg: classifier-free guidance scale g, logits u + g (c - u), u
-        without the text (Ho & Salimans 2022, eq. 6, g = 1 + w); 1 = off. temperature 0: greedy; top_k 0:
-        all tokens. -> tokens [B, n], and with keep_logits their logits [B, n, K or V].
+        without the text (Ho & Salimans 2022, eq. 6, g = 1 + w); 1 = off. -> tokens [B, n].
         """
         (B, T), H, draw, guided = s.text.shape, self.c.n_head, first is None, cfg != 1
         if guided:                         # second half of the batch: the same without its text
             image = None if s.image is None else torch.cat([s.image, s.image])
             turn = torch.cat([s.turn, torch.full_like(s.turn, -1)])                   # [2B,T]
             s = Sequence(s.text.repeat(2, 1), turn, None, image)
-        length = len(self.rc) if draw else length
-        known = 0 if s.image is None else len(self.rc)
+        length, known = len(self.rc) if draw else length, 0 if s.image is None else len(self.rc)
         size = (2, len(s.text), H, known + T + length, self.c.n_embd // H)
         kvs = [KV(torch.zeros(size, device=s.text.device, dtype=self.row.dtype)) for _ in self.blocks]
         self.hidden(s, kvs)                # fills the cache
@@ -319,7 +311,7 @@ class UMM(nn.Module):
         mask = torch.where(see, 0., -1e4)[:, None, None]                              # [B,1,1,keys]
         start = self.c.grid + (s.turn == 1).sum(1)[:, None, None]                     # [B,1,1]
         token = torch.full((B,), self.c.codebook if draw else first, device=s.text.device)
-        tokens, kept, done = [], [], torch.zeros(B, dtype=torch.bool, device=s.text.device)
+        tokens, done = [], torch.zeros(B, dtype=torch.bool, device=s.text.device)
         for i in range(length):
             x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)  # [B,C]
             x = x.repeat(1 + guided, 1)[:, None]                                      # [B,1,C]
@@ -333,21 +325,32 @@ class UMM(nn.Module):
                 logits = u + cfg * (c - u)
             token = pick(logits, temperature, top_k, generator)                       # [B]
             tokens.append(token)
-            kept += [logits] if keep_logits else []
             done |= token == stop
             if done.all():
                 break
-        tokens = torch.stack(tokens, 1)                                               # [B,n]
-        return (tokens, torch.stack(kept, 1)) if keep_logits else tokens
+        return torch.stack(tokens, 1)                                                 # [B,n]
 
 
 def pick(logits, temperature: float, top_k: int, generator=None):
-    """Sample one token per row of logits [B, K]; temperature 0 takes the likeliest."""
+    """Sample one token per row of logits [B, K]; temperature 0: the likeliest; top_k 0: among all."""
     if temperature == 0:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
+    """The texts that continue [picture][prompt]; how: as in UMM.generate."""
+    return [text.decode(row) for row in umm.generate(s, text.answer, text.end, length, **how).tolist()]
+
+
+def draw(umm, text: Text, prompts: list[str], generator=None, **how):
+    """-> (codes [B, N], plans): a plan in words first, what is where, then the picture that it says."""
+    asked = pack(text, [[(prompt, None)] for prompt in prompts], device=umm.row.device)
+    plans = write(umm, text, asked, generator=generator)
+    planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=umm.row.device)
+    return umm.generate(planned, generator=generator, **how), plans
 
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
@@ -368,8 +371,7 @@ def save(path, tensors: dict, meta: dict):
 
 def load(path, device='cpu'):
     """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not sound."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f'no checkpoint {path}: make one with `python train.py`, or name yours')
     try:
         with safe_open(path, 'pt') as f:

@@ -20,15 +20,13 @@ from PIL import Image, ImageOps
 
 import data
 from data import UserError
-from model import load
+from model import draw, load, write
 
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
-TASKS = {'draw': 'draw pictures of a text', 'ask': 'answer a question about a picture',
-         'caption': 'describe a picture', 'segment': 'generate its map of classes',
-         'depth': 'its depth map (run with --proxy depth)', 'edges': 'its edges (--proxy edge)',
-         'copy': 'the picture again (--proxy recon)'}
-INSTRUCTIONS = {'caption': 'list', 'segment': 'seg', 'depth': 'depth map', 'edges': 'edge',
-                'copy': 'recon'}
+TASKS = {'draw': ('draw pictures of a text', ''), 'ask': ('answer a question about a picture', ''),
+         'caption': ('describe a picture', 'list'), 'segment': ('generate its map of classes', 'seg'),
+         'depth': ('its depth map (run with --proxy depth)', 'depth map'),
+         'edges': ('its edges (--proxy edge)', 'edge'), 'copy': ('it again (--proxy recon)', 'recon')}
 
 
 def read_image(path, size: int):
@@ -60,7 +58,7 @@ def parse(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     sub = p.add_subparsers(dest='task', required=True, metavar='TASK')
-    for task, help in TASKS.items():
+    for task, (help, _) in TASKS.items():
         q, draw = sub.add_parser(task, help=help, allow_abbrev=False), task == 'draw'
         if not draw:
             q.add_argument('image', help='PNG or JPEG file')
@@ -69,7 +67,7 @@ def parse(argv=None):
         for name, default, text in (
                 ('n', 4 if draw else 1, 'samples'), ('seed', 0, 'of the sampling'),
                 ('cfg', 2. if draw else 1., 'classifier-free guidance scale, 1 = off'),
-                ('temperature', 1. if draw else 0., '0 = greedy'),
+                ('temperature', .7 if draw else 0., '0 = greedy'),
                 ('top_k', 64, 'sample from that many likeliest tokens, 0 = all'),
                 ('out', f'{task}.png', 'PNG to write, where the answer is a picture'),
                 ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/')):
@@ -96,23 +94,26 @@ def main(argv=None):
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     checkpoint = a.checkpoint or newest_checkpoint()
     tok, umm, text, _, _ = load(checkpoint, device)
-    prompt = a.text if a.task in ('draw', 'ask') else data.WORDS[INSTRUCTIONS[a.task]][0]
-    n, limit = len(text.encode(prompt)), umm.max_text - 64
+    prompt = a.text if a.task in ('draw', 'ask') else data.WORDS[TASKS[a.task][1]][0]
+    n, limit = len(text.encode(prompt)), umm.max_text - 200     # a plan or an answer follows
     if not 0 < n <= limit:
         raise UserError(f'the text has {n} tokens, the model reads {limit} at most: shorten it' if n else
                         'the text is empty: write what to draw or to ask')
     image = None
     if a.task != 'draw':
         image = read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1)
-        image = tok.encode(image) if umm.c.image_input == 'code' else image
+        image = umm.inputs(tok, image)
     s = data.pack(text, [[(prompt, None)]] * a.n, image, device)
     how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k,
                generator=torch.Generator(device).manual_seed(a.seed))
     if a.task in ('ask', 'caption'):
-        for row in umm.generate(s, text.answer, text.end, 64, **how).tolist():
-            print(text.decode(row))
+        print('\n'.join(write(umm, text, s, 64, **how)))
         return
-    pictures = tok.decode(umm.generate(s, **how)).permute(0, 2, 3, 1).mul(255).round().byte().cpu()
+    codes, plans = (umm.generate(s, **how), ()) if image is not None else \
+        draw(umm, text, [prompt] * a.n, **how)
+    for plan in plans:
+        print('plan:', plan)
+    pictures = tok.decode(codes).permute(0, 2, 3, 1).mul(255).round().byte().cpu()
     side, S = math.ceil(a.n ** .5), max(256, umm.c.size)
     canvas = Image.new('RGB', (side * S, math.ceil(a.n / side) * S))
     for i, x in enumerate(pictures.numpy()):                                          # [S,S,3]

@@ -10,7 +10,6 @@
 """
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import json
 import signal
@@ -38,6 +37,7 @@ class Settings:
     out: str = opt('', 'run folder; when not given: out/<preset>')
     resume: bool = opt(False, 'go on with the run in the folder')
     overwrite: bool = opt(False, 'throw away the run in the folder')
+    init: str = opt('', 'a pretrained.safetensors to post-train, instead of the first two stages')
     seed: int = opt(0, 'seed of weights, scenes, order and questions')
     device: str = opt('auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu')
     dtype: str = opt('auto', 'of matrix products in the transformer: float32, bfloat16 or auto')
@@ -53,14 +53,16 @@ class Settings:
     image_input: str = opt('patch', 'input pictures as pixel patches (patch) or as VQ codes (code)')
     tok_steps: int = opt(900, 'steps of the tokenizer stage')
     tok_batch: int = opt(32, 'pictures a step')
-    pre_steps: int = opt(300, 'steps of the pretrain stage')
-    pre_ask: int = opt(8, 'pictures with questions a step, pretraining')
-    pre_draw: int = opt(16, 'pictures drawn from text a step, pretraining')
-    post_steps: int = opt(1200, 'steps of the posttrain stage')
-    post_ask: int = opt(10, 'pictures with questions a step, post-training')
-    post_draw: int = opt(4, 'pictures drawn from text a step, post-training: against forgetting')
+    pre_steps: int = opt(750, 'steps of the pretrain stage')
+    pre_ask: int = opt(1, 'pictures with questions a step, pretraining')
+    pre_draw: int = opt(32, 'pictures drawn from text a step, pretraining')
+    post_steps: int = opt(750, 'steps of the posttrain stage')
+    post_ask: int = opt(8, 'pictures with questions a step, post-training')
+    post_draw: int = opt(8, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
     proxy: str = opt('seg', f"map to generate, post-training: {', '.join(data.PROXIES)} or none")
+    control: str = opt('none', 'none; shuffled: maps of other pictures; frozen: the map moves no block; '
+                       'first: maps alone in half of the stage, then questions alone')
     questions: int = opt(12, 'questions asked about each picture')
     tok_lr: float = opt(4e-3, 'AdamW learning rate of the tokenizer stage')
     lr: float = opt(2e-3, 'AdamW learning rate of the other stages: embeddings and heads')
@@ -69,8 +71,8 @@ class Settings:
     cooldown: float = opt(.4, 'share of a stage, at its end, in which it falls to zero')
     pre_cooldown: float = opt(.1, 'the same for the pretrain stage, which another stage follows')
     clip: float = opt(1., 'largest norm of the gradient')
-    w_text: float = opt(1., 'weight of the mean loss of the text head')
-    w_image: float = opt(1., 'weight of the mean loss of the pixel head')
+    w_text: float = opt(.25, 'weight of the mean loss of answers about pictures')
+    w_image: float = opt(1., 'weight of the mean loss of the pixel head; plans have 1')
     drop: float = opt(.1, 'share of empty prompts, for classifier-free guidance')
     cfg: float = opt(2., 'guidance scale in the evaluation')
     eval_n: int = opt(512, 'pictures in the evaluation')
@@ -166,6 +168,12 @@ class Run:
             c = Config(**{k: getattr(s, k) for k in shared}, vocab=self.world.text.size)
             torch.manual_seed(s.seed)
             self.tok, self.umm = VQTokenizer(c).to(device), UMM(c).to(device)
+        if s.init and not s.resume:
+            self.tok, self.umm, self.world.text, _, meta = load(s.init, device)
+            self.stage = 'posttrain'
+            for k, v in vars(self.umm.c).items():
+                if getattr(s, k, v) != v:
+                    raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
         self.tok.to(memory_format=torch.channels_last)
 
     def log(self, **line):
@@ -247,7 +255,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
 # ---- the three stages ----
 def train_tokenizer(run: Run):
     """Autoencode pictures and the maps of all proxies together: one codebook has to draw them all."""
-    s, world, maps = run.s, run.world, [f for name, f in data.PROXIES.items() if name != 'recon']
+    s, world, maps = run.s, run.world, list(data.MAPS.values())
 
     def loss_of(step):
         _, r, _ = world.scenes('train', step, s.tok_batch)
@@ -260,7 +268,8 @@ def train_tokenizer(run: Run):
 
     def sample(run):
         _, r, _ = world.scenes('val', 0, 8)
-        rows = [x for f in data.PROXIES.values() for x in (f(r), run.tok.decode(run.tok.encode(f(r))))]
+        both = lambda x: (x, run.tok.decode(run.tok.encode(x)))
+        rows = [x for f in (*maps, data.PROXIES['recon']) for x in both(f(r))]
         return evaluation.tokenizer(run.tok, world, 128, 'val'), evaluation.grid(rows)
 
     loop(run, 'tokenizer', run.tok, loss_of, s.tok_steps, s.tok_lr, s.muon_lr, sample)
@@ -274,20 +283,24 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int) -> dict:
     forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
     if ask:
         seq, _ = world.questions('train', 3 * step, ask, s.questions)
-        seq.image = evaluation.source(umm, tok, seq.image)
+        seq.image = umm.inputs(tok, seq.image)
         out['text'] = forward(seq)[0]
     if draw:
         seq, target = world.drawings('train', 3 * step + 1, draw, s.drop)
         seq.codes = tok.encode(target)
-        out['draw'] = forward(seq)[1]
+        plan, out['draw'] = forward(seq)
+        out |= {} if plan is None else {'plan': plan}        # None: all prompts were dropped
         pixel.append((draw, out['draw']))
     if proxies:
         seq, target, _ = world.proxies('train', 3 * step + 2, proxies, s.proxy)
-        seq.image, seq.codes = evaluation.source(umm, tok, seq.image), tok.encode(target)
+        target = target.roll(1, 0) if s.control == 'shuffled' else target
+        seq.image, seq.codes = umm.inputs(tok, seq.image), tok.encode(target)
+        umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
         out[s.proxy] = forward(seq)[1]
+        umm.blocks.requires_grad_(True)
         pixel.append((proxies, out[s.proxy]))
     image = sum(n * l for n, l in pixel) / max(1, draw + proxies)
-    loss = s.w_text * out.get('text', 0) + s.w_image * image
+    loss = s.w_text * out.get('text', 0) + out.get('plan', 0) + s.w_image * image
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
 
@@ -308,7 +321,11 @@ def posttrain(run: Run):
     """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions."""
     s = run.s
     proxies = 0 if s.proxy == 'none' else round(s.ratio * s.post_ask)
-    loss_of = lambda step: umm_losses(run, s.pre_steps + step, s.post_ask, s.post_draw, proxies)
+
+    def loss_of(step):
+        late = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1      # as much in all
+        return umm_losses(run, s.pre_steps + step, late * s.post_ask, s.post_draw,
+                          (2 - late) * proxies)
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
 
 
@@ -340,7 +357,7 @@ def check(s: Settings):
              for k, v in vars(s).items() if type(v) in (int, float)]
     rules += [(k, getattr(s, k) in allowed.split(), f'one of {allowed}') for k, allowed in (
         ('quantizer', 'vq fsq'), ('image_input', 'patch code'), ('dtype', 'auto float32 bfloat16'),
-        ('proxy', ' '.join(data.PROXIES) + ' none'))]
+        ('proxy', ' '.join(data.PROXIES) + ' none'), ('control', 'none shuffled frozen first'))]
     rules += [('size', 16 <= s.size <= 512 and s.size % Config.patch == 0, '16 to 512, a multiple of 4'),
               ('n_embd', s.n_embd % (4 * s.n_head or 1) == 0, f'a multiple of {4 * s.n_head}'),
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
@@ -351,30 +368,9 @@ def check(s: Settings):
         raise UserError(f'--{name} is {getattr(s, name)!r}: it must be {rule}')
 
 
-def choose_device(s: Settings):
-    """The one place where both are chosen: -> (torch.device, bfloat16?); prints them with the reason."""
-    there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    name = ('cuda' if 'cuda' in there else 'cpu') if s.device == 'auto' else s.device
-    if name not in there:
-        raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
-    torch.set_num_threads(s.threads or torch.get_num_threads())
-    units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
-        name == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-    bf16 = s.dtype == 'bfloat16' or s.dtype == 'auto' and units
-    why = 'asked for' if s.device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
-    type_why = 'asked for' if s.dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
-    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; "
-          f"dtype: {'bfloat16' if bf16 else 'float32'} ({type_why})")
-    # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
-    # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    return torch.device(name), bf16
-
-
 def main(argv=None):
     begin, s = time.time(), parse(argv)
-    run = Run(s, *choose_device(s))
+    run = Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M'.format(*size))
     with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; a second kills

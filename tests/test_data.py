@@ -79,9 +79,23 @@ def test_each_proxy_target_is_its_own_map(world):
     """The supervised target of every proxy is that proxy's map, computed again here, not the input."""
     for name in PROXIES:
         s, target, r = world.proxies('train', 0, 8, name)
-        assert torch.equal(s.image, r.image) and target.shape == r.image.shape
+        assert target.shape == r.image.shape
+        if name in data.SPOIL:  # the input is spoilt, the target is not
+            assert torch.equal(target, r.image) and not torch.allclose(s.image, r.image, atol=0.1)
+            assert 0 <= s.image.min() and s.image.max() <= 1
+            assert torch.equal(s.image, world.proxies('train', 0, 8, name)[0].image)
+            continue
+        assert torch.equal(s.image, r.image)
         if name == 'recon':
             assert torch.equal(target, r.image)
+            continue
+        if name == 'instance':  # one colour each, all different; what colour says nothing of the class
+            for b in range(8):
+                colours = {
+                    i: target[b][:, r.instance[b] == i].unique(dim=1) for i in r.instance[b].unique().tolist()
+                }
+                assert all(c.shape[1] == 1 for c in colours.values())
+                assert len({tuple(c[:, 0].tolist()) for c in colours.values()}) == len(colours)
             continue
         assert not torch.allclose(target, r.image)
         for b, y, x in [(b, y, x) for b in range(8) for y in (3, 8, 12) for x in (2, 7, 13)]:
@@ -210,3 +224,14 @@ def test_pack_supervises_the_answer_and_its_end_only(world):
 def test_drop_gives_empty_prompts(world):
     s, _ = world.drawings('train', 0, 400, drop=0.25)
     assert 60 < (s.turn < 0).all(1).sum() < 140
+
+
+def test_a_drawing_is_planned_before_it_is_drawn(world):
+    """The supervised text is the plan of the very scene that is drawn, after the prompt."""
+    s, image = world.drawings('train', 5, 64, drop=0.0)
+    scenes, r, _ = world.scenes('train', 5, 64)
+    assert torch.equal(image, r.image)
+    for (objs, _), text, target in zip(scenes, s.text, s.target):
+        plan = world.text.decode(target[target >= 0].tolist())
+        assert plan == data.caption(objs, 'place', None)
+        assert all(data.CELLS[o.cell] + ' a ' + o.name in plan for o in objs)

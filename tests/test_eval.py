@@ -99,6 +99,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.c = c
         self.text_head = lambda x: x
+        self.inputs = lambda tok, image: image
 
     def hidden(self, s):
         return torch.nn.functional.one_hot(s.target.clamp(min=0), self.c.vocab).float()

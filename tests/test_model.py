@@ -1,11 +1,13 @@
 """Networks against naive code, and the properties that generation rests on."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import model
 from data import Sequence
 from model import Config, UMM, VQTokenizer
@@ -114,26 +116,34 @@ def test_the_picture_is_read_in_both_directions(umm):
     assert not torch.allclose(kvs[0][1].kv[0][:, :, 0], kvs[1][1].kv[0][:, :, 0])
 
 
+@pytest.fixture
+def logits(monkeypatch):
+    """The logits that tokens are picked from, one [B, V or K] a step."""
+    seen, pick = [], model.pick
+    monkeypatch.setattr(model, 'pick', lambda x, *a: (seen.append(x), pick(x, *a))[1])
+    return seen
+
+
 @pytest.mark.parametrize('picture', [True, False])
 @pytest.mark.parametrize('cfg', [1.0, 2.5])
-def test_cached_generation_equals_uncached(umm, picture, cfg):
+def test_cached_generation_equals_uncached(umm, picture, cfg, logits):
     s = sequence(umm, picture=picture, codes=False)
-    codes, logits = umm.generate(s, cfg=cfg, temperature=0, keep_logits=True)
+    codes = umm.generate(s, cfg=cfg, temperature=0)
     full = Sequence(s.text, s.turn, image=s.image, codes=codes)
     want = umm.pixel_head(umm.hidden(full)[:, -16:])
     if cfg != 1:
         full.turn = torch.full_like(s.turn, -1)
         u = umm.pixel_head(umm.hidden(full)[:, -16:])
         want = u + cfg * (want - u)
-    assert torch.allclose(logits, want, atol=2e-4) and torch.equal(codes, want.argmax(-1))
+    assert torch.allclose(torch.stack(logits, 1), want, atol=2e-4) and torch.equal(codes, want.argmax(-1))
 
 
-def test_cached_answers_equal_uncached(umm):
+def test_cached_answers_equal_uncached(umm, logits):
     s = sequence(umm, codes=False, pad=False)
-    tokens, logits = umm.generate(s, first=58, stop=-1, length=6, temperature=0, keep_logits=True)
+    tokens = umm.generate(s, first=58, stop=-1, length=6, temperature=0)
     text = torch.cat([s.text, torch.full((3, 1), 58), tokens[:, :-1]], 1)
     x = umm.hidden(Sequence(text, torch.ones_like(text), image=s.image))
-    assert torch.allclose(logits, umm.text_head(x[:, -6:]), atol=2e-4)
+    assert torch.allclose(torch.stack(logits, 1), umm.text_head(x[:, -6:]), atol=2e-4)
 
 
 def test_sampling_is_seeded_and_top_k_limits(umm):
@@ -141,6 +151,18 @@ def test_sampling_is_seeded_and_top_k_limits(umm):
     draw = lambda seed, **k: umm.generate(s, generator=torch.Generator().manual_seed(seed), **k)
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert torch.equal(draw(0, top_k=1), umm.generate(s, temperature=0))
+
+
+def test_draw_continues_the_prompt_and_its_plan(umm, monkeypatch):
+    """The codes are those of [prompt][plan][codes], laid out as in training."""
+    text = data.Text([bytes([i]) for i in range(256)])
+    m = UMM(dataclasses.replace(umm.c, vocab=text.size))
+    monkeypatch.setattr(model, 'write', lambda *_, **__: ['a ring', 'two red squares'])
+    codes, plans = model.draw(m, text, ['x', 'yy'], temperature=0)
+    s = data.pack(text, [[('x', 'a ring')], [('yy', 'two red squares')]])
+    assert torch.equal(codes, m.generate(s, temperature=0)) and plans == ['a ring', 'two red squares']
+    s.codes = codes
+    assert torch.equal(codes, m.pixel_head(m.hidden(s)[:, -codes.shape[1]:]).argmax(-1))
 
 
 def test_losses_are_per_head_means_and_start_at_ln_of_the_vocabulary():

@@ -125,49 +125,100 @@ def test_switches_train(tmp_path, flags):
     train.main([*TEST, '--out', str(tmp_path / 'run'), *flags])
 
 
+class Spy(data.World):
+    """A world that keeps what it gave out."""
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if name not in ('questions', 'drawings', 'proxies'):
+            return found
+
+        def call(*args, **how):
+            given = found(*args, **how)
+            self.given.setdefault(name, []).append((args, given))
+            return given
+
+        return call
+
+
+def tiny_run(*flags):
+    s = train.parse([*TEST, *flags])
+    torch.manual_seed(0)
+    world = Spy(16)
+    world.given = {}
+    shared = vars(s).keys() & vars(model.Config()).keys()
+    c = model.Config(**{k: getattr(s, k) for k in shared}, vocab=world.text.size)
+    parts = dict(s=s, world=world, tok=model.VQTokenizer(c).eval(), umm=model.UMM(c), bf16=False)
+    return type('Run', (), parts | {'device': torch.device('cpu')})
+
+
 def test_mixture_is_what_the_settings_say():
     """Pictures drawn from the world in a step: 2 with a proxy map for 1 with questions, by default."""
-    s = train.parse(['--preset', 'test', '--device', 'cpu'])
-    world, counts = data.World(16), {}
-
-    class Spy:
-        text, size = world.text, 16
-
-        def __getattr__(self, name):
-            def call(split, index, B, *args, **kw):
-                counts[name] = counts.get(name, 0) + B
-                return getattr(world, name)(split, index, B, *args, **kw)
-
-            return call
-
-    torch.manual_seed(0)
-    c = model.Config(
-        size=16,
-        codebook=64,
-        vq_width=16,
-        vq_depth=1,
-        vocab=world.text.size,
-        n_layer=1,
-        n_head=2,
-        n_embd=32,
-    )
-    run = type(
-        'Run',
-        (),
-        dict(
-            s=s,
-            world=Spy(),
-            tok=model.VQTokenizer(c).eval(),
-            umm=model.UMM(c),
-            bf16=False,
-            device=torch.device('cpu'),
-        ),
-    )
+    run = tiny_run()
+    s = run.s
     losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask))
+    counts = {k: v[0][0][2] for k, v in run.world.given.items()}
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
     n = s.post_draw + 2 * s.post_ask
     pixel = (losses['draw'] * s.post_draw + losses['seg'] * 2 * s.post_ask) / n
-    assert losses['loss'].item() == pytest.approx((losses['text'] + pixel).item(), rel=1e-5)
+    want = s.w_text * losses['text'] + losses['plan'] + pixel
+    assert losses['loss'].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def targets_of(run, monkeypatch):
+    """The proxy targets that the tokenizer is given to encode, after one step of the losses."""
+    seen, encode = [], model.VQTokenizer.encode
+    monkeypatch.setattr(model.VQTokenizer, 'encode', lambda tok, x: (seen.append(x), encode(tok, x))[1])
+    losses = train.umm_losses(run, 0, 0, 0, 4)
+    return seen[-1], losses
+
+
+@pytest.mark.parametrize('proxy', data.PROXIES)
+def test_the_supervised_target_is_the_proxy_and_shuffled_is_another_pictures(proxy, monkeypatch):
+    for control in ('none', 'shuffled'):
+        run = tiny_run('--proxy', proxy, '--control', control)
+        target, _ = targets_of(run, monkeypatch)
+        (_, (_, want, r)) = run.world.given['proxies'][0]
+        assert torch.equal(want, data.PROXIES[proxy](r))
+        assert torch.equal(target, want if control == 'none' else want.roll(1, 0))
+        if control == 'shuffled':
+            assert all(not torch.equal(a, b) for a, b in zip(target, want))
+
+
+def test_frozen_keeps_the_proxy_off_the_trunk_and_only_that():
+    for control, moved in (('none', True), ('frozen', False)):
+        run = tiny_run('--control', control)
+        torch.nn.init.normal_(run.umm.pixel_head.weight)
+        for block in run.umm.blocks:
+            torch.nn.init.normal_(block.proj.weight)
+        train.umm_losses(run, 0, 0, 0, 4)['loss'].backward()
+        assert any(p.grad is not None for p in run.umm.blocks.parameters()) is moved
+        assert run.umm.pixel_head.weight.grad.any() and run.umm.code_embed.weight.grad.any()
+        assert all(p.requires_grad for p in run.umm.parameters())
+
+
+def test_first_gives_the_same_amounts_in_another_order(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, 'loop', lambda run, stage, model, loss_of, steps, *a: [loss_of(i) for i in range(steps)])
+    for control in ('none', 'first'):
+        run = seen[control] = []
+        monkeypatch.setattr(train, 'umm_losses', lambda r, step, *n: run.append(n))
+        train.posttrain(tiny_run('--control', control))
+    mixed, first = ([sum(n[k] for n in run) for k in range(3)] for run in seen.values())
+    assert mixed == first and seen['first'][0][0] == 0 and seen['first'][-1][2] == 0
+    assert all(n == seen['none'][0] for n in seen['none'])
+
+
+def test_posttraining_from_another_runs_checkpoint(run_dir, tmp_path):
+    """--init gives what the run that pretrained gives, without its first two stages."""
+    flags = [*TEST, '--init', str(run_dir / 'pretrained.safetensors')]
+    train.main([*flags, '--out', str(tmp_path / 'a')])
+    want, got = weights(run_dir / 'model.safetensors'), weights(tmp_path / 'a' / 'model.safetensors')
+    assert all(torch.equal(want[k], got[k]) for k in want)
+    log = [json.loads(x) for x in (tmp_path / 'a' / 'log.jsonl').read_text().splitlines()]
+    assert {x['stage'] for x in log} == {'posttrain'}
+    with pytest.raises(UserError, match='n_layer is 2'):
+        train.main([*flags, '--out', str(tmp_path / 'b'), '--n_layer', '2'])
 
 
 def test_every_setting_is_a_flag_with_its_default(capsys):
