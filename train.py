@@ -53,12 +53,12 @@ class Settings:
     image_input: str = opt('patch', 'input pictures as pixel patches (patch) or as VQ codes (code)')
     tok_steps: int = opt(900, 'steps of the tokenizer stage')
     tok_batch: int = opt(32, 'pictures a step')
-    pre_steps: int = opt(750, 'steps of the pretrain stage')
+    pre_steps: int = opt(700, 'steps of the pretrain stage')
     pre_ask: int = opt(1, 'pictures with questions a step, pretraining')
     pre_draw: int = opt(32, 'pictures drawn from text a step, pretraining')
-    post_steps: int = opt(750, 'steps of the posttrain stage')
+    post_steps: int = opt(720, 'steps of the posttrain stage')
     post_ask: int = opt(8, 'pictures with questions a step, post-training')
-    post_draw: int = opt(8, 'pictures drawn from text a step, post-training: against forgetting')
+    post_draw: int = opt(10, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
     proxy: str = opt('seg', f"map to generate, post-training: {', '.join(data.PROXIES)} or none")
     control: str = opt('none', 'none; shuffled: maps of other pictures; frozen: the map moves no block; '
@@ -71,7 +71,8 @@ class Settings:
     cooldown: float = opt(.4, 'share of a stage, at its end, in which it falls to zero')
     pre_cooldown: float = opt(.1, 'the same for the pretrain stage, which another stage follows')
     clip: float = opt(1., 'largest norm of the gradient')
-    w_text: float = opt(.25, 'weight of the mean loss of answers about pictures')
+    w_text: float = opt(1., 'weight of the mean loss of answers about pictures')
+    pre_w_text: float = opt(.1, 'the same in the pretrain stage, where it slows drawing')
     w_image: float = opt(1., 'weight of the mean loss of the pixel head; plans have 1')
     drop: float = opt(.1, 'share of empty prompts, for classifier-free guidance')
     cfg: float = opt(2., 'guidance scale in the evaluation')
@@ -276,7 +277,7 @@ def train_tokenizer(run: Run):
     run.tok.eval().requires_grad_(False)
 
 
-def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int) -> dict:
+def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text: float) -> dict:
     """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
     a map. A head's loss is the mean over all its targets, so that their number sets no weight."""
     s, world, tok, umm, out, pixel = run.s, run.world, run.tok, run.umm, {}, []
@@ -300,7 +301,7 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int) -> dict:
         umm.blocks.requires_grad_(True)
         pixel.append((proxies, out[s.proxy]))
     image = sum(n * l for n, l in pixel) / max(1, draw + proxies)
-    loss = s.w_text * out.get('text', 0) + out.get('plan', 0) + s.w_image * image
+    loss = w_text * out.get('text', 0) + out.get('plan', 0) + s.w_image * image
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
 
@@ -313,7 +314,7 @@ def sample_umm(run: Run):
 def pretrain(run: Run):
     """Text -> picture, and picture -> text (captions and questions)."""
     s = run.s
-    loss_of = lambda step: umm_losses(run, step, s.pre_ask, s.pre_draw, 0)
+    loss_of = lambda step: umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)
     loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, s.muon_lr, sample_umm)
 
 
@@ -325,7 +326,7 @@ def posttrain(run: Run):
     def loss_of(step):
         late = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1      # as much in all
         return umm_losses(run, s.pre_steps + step, late * s.post_ask, s.post_draw,
-                          (2 - late) * proxies)
+                          (2 - late) * proxies, s.w_text)
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
 
 
@@ -351,9 +352,9 @@ def parse(argv=None) -> Settings:
 
 def check(s: Settings):
     """Name impossible settings before anything is written."""
-    zero = 'seed threads pre_draw post_draw ratio drop w_text w_image warmup cooldown pre_cooldown cfg'
-    rules = [(k, 0 <= v < 2**62 and (v > 0 or k in zero.split()),
-              ('0 or more' if k in zero.split() else 'more than 0') + ', finite')
+    zero = lambda k: any(x in k for x in 'seed threads _draw ratio drop w_ warmup cooldown cfg'.split())
+    rules = [(k, 0 <= v < 2**62 and (v > 0 or zero(k)), ('0 or more' if zero(k) else 'more than 0') +
+              ', finite')
              for k, v in vars(s).items() if type(v) in (int, float)]
     rules += [(k, getattr(s, k) in allowed.split(), f'one of {allowed}') for k, allowed in (
         ('quantizer', 'vq fsq'), ('image_input', 'patch code'), ('dtype', 'auto float32 bfloat16'),

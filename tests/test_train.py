@@ -156,7 +156,7 @@ def test_mixture_is_what_the_settings_say():
     """Pictures drawn from the world in a step: 2 with a proxy map for 1 with questions, by default."""
     run = tiny_run()
     s = run.s
-    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask))
+    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask), s.w_text)
     counts = {k: v[0][0][2] for k, v in run.world.given.items()}
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
     n = s.post_draw + 2 * s.post_ask
@@ -169,7 +169,7 @@ def targets_of(run, monkeypatch):
     """The proxy targets that the tokenizer is given to encode, after one step of the losses."""
     seen, encode = [], model.VQTokenizer.encode
     monkeypatch.setattr(model.VQTokenizer, 'encode', lambda tok, x: (seen.append(x), encode(tok, x))[1])
-    losses = train.umm_losses(run, 0, 0, 0, 4)
+    losses = train.umm_losses(run, 0, 0, 0, 4, 1.0)
     return seen[-1], losses
 
 
@@ -191,7 +191,7 @@ def test_frozen_keeps_the_proxy_off_the_trunk_and_only_that():
         torch.nn.init.normal_(run.umm.pixel_head.weight)
         for block in run.umm.blocks:
             torch.nn.init.normal_(block.proj.weight)
-        train.umm_losses(run, 0, 0, 0, 4)['loss'].backward()
+        train.umm_losses(run, 0, 0, 0, 4, 1.0)['loss'].backward()
         assert any(p.grad is not None for p in run.umm.blocks.parameters()) is moved
         assert run.umm.pixel_head.weight.grad.any() and run.umm.code_embed.weight.grad.any()
         assert all(p.requires_grad for p in run.umm.parameters())

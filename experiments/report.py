@@ -1,0 +1,250 @@
+"""Statistics, verdicts and figures of experiments.reproduce: result.json files -> report.md, claims.json, PNG.
+
+Differences are paired by seed; intervals are Student's t, 95%. A claim is *reproduced* if its interval
+excludes 0 and has the paper's sign, *opposite* if it excludes 0 with the other sign, *not reproduced* if it
+holds 0 and lies within +-MARGIN, else *undecided*. Intervals are not corrected for the number of claims: with
+m of them expect .05 m false alarms; the report says m and marks what survives Holm's correction.
+"""
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+import data
+import eval as evaluation
+from data import UserError
+
+MARGIN = .02                     # accuracy differences below 2 points are called none
+UNDERSTANDING, GENERATION = ('understanding', 'mean'), ('generation', 'mean')
+INK = {'none': '#999999', 'sft': '#000000', 'seg': '#D55E00', 'recon': '#0072B2', 'edge': '#56B4E9',
+       'depth': '#009E73', 'instance': '#CC79A7', 'inpaint': '#E69F00', 'denoise': '#F0E442',
+       'shuffled': '#7F4F24'}    # Okabe & Ito: told apart by colour-blind readers and in print
+MARK = dict(zip(INK, 'Xosv^DPp<d'))
+# claim: (arm, minus arm, where in the scores, the paper's effect in points; BAGEL / OmniGen2)
+CLAIMS = {
+    'segmentation beats questions alone in understanding': ('seg', 'sft', UNDERSTANDING, '+1.8 / +1.1'),
+    'segmentation beats edges in understanding': ('seg', 'edge', UNDERSTANDING, '+1.5 / +1.0'),
+    'segmentation beats reconstruction in understanding': ('seg', 'recon', UNDERSTANDING, '+1.1 / +0.5'),
+    'segmentation beats depth in understanding': ('seg', 'depth', UNDERSTANDING, '+1.0 / +1.0'),
+    'it is the supervision: true maps beat shuffled ones': ('seg', 'shuffled', UNDERSTANDING, 'not tested'),
+    'segmentation leaves text-only reasoning as it is': ('seg', 'sft', ('understanding', 'reason'), '0'),
+    'segmentation improves generation over questions alone': ('seg', 'sft', GENERATION, '+3.8 / +4.3'),
+    'segmentation improves position in generation': ('seg', 'none', ('generation', 'position'), '+4.7 / +6.0'),
+    'edges improve position in generation': ('edge', 'none', ('generation', 'position'), '+5 / +6'),
+    'depth improves position in generation': ('depth', 'none', ('generation', 'position'), '+5.7 / +9.0'),
+    'questions alone hurt generation': ('none', 'sft', GENERATION, '+1.0 / +2.0'),
+    'shapes become more separable (probe, middle layer)': ('seg', 'sft', ('probe', 'shape', 'middle'), 't-SNE'),
+    'attention moves to the picture (last layer)': ('seg', 'sft', ('attention', 'picture', 'last'), '+15%'),
+    'segmentation converges faster (accuracy at half time)': ('seg', 'sft', ('half',), 'yes'),
+    'a ratio of 2:1 beats 1:1': ('seg', 'ratio-1', UNDERSTANDING, '+0.8 / +1.0'),
+    'a ratio of 2:1 beats 3:1': ('seg', 'ratio-3', UNDERSTANDING, '+0.7 / +0.5'),
+    'more maps help: endless against 100': ('seg', 'scale-100', UNDERSTANDING, '+0.8 / +0.6')}
+
+
+@lru_cache
+def t_table(df: int):
+    """Angles and Student's distribution there: with t = sqrt(df) tan(a), a has density ~ cos(a)^(df-1)."""
+    a = np.linspace(-np.pi / 2, np.pi / 2, 400_001)
+    mass = np.cumsum(np.abs(np.cos(a)) ** (df - 1))
+    return a, (mass - mass / mass[-1] * mass[0] / 2) / mass[-1]
+
+
+def t_quantile(p: float, df: int) -> float:
+    a, below = t_table(df)
+    return float(np.sqrt(df) * np.tan(np.interp(p, below, a)))
+
+
+def t_below(t: float, df: int) -> float:
+    a, below = t_table(df)
+    return float(np.interp(np.arctan(t / np.sqrt(df)), a, below))
+
+
+def paired(differences) -> dict:
+    """Mean of paired differences, 95% t interval and two-sided p value; low = high = None for one pair."""
+    d, n = np.asarray(differences, float), len(differences)
+    out = {'value': float(d.mean()) if n else None, 'low': None, 'high': None, 'p': None, 'n': n}
+    if n > 1:
+        error = d.std(ddof=1) / n ** .5
+        half = t_quantile(.975, n - 1) * error
+        p = 2 - 2 * t_below(abs(d.mean()) / max(error, 1e-12), n - 1)
+        out |= {'low': float(d.mean() - half), 'high': float(d.mean() + half), 'p': p}
+    return out
+
+
+def verdict(e: dict, no_change=False) -> str:
+    """The rule at the top of this file; no_change: the paper says that nothing moves."""
+    if e['low'] is None:
+        return 'undecided'
+    inside = max(abs(e['low']), abs(e['high'])) < MARGIN
+    if no_change:
+        return 'reproduced' if inside else 'not reproduced' if e['low'] * e['high'] > 0 else 'undecided'
+    if e['low'] > 0:
+        return 'reproduced'
+    return 'opposite' if e['high'] < 0 else 'not reproduced' if inside else 'undecided'
+
+
+def holm(ps: list) -> list:
+    """Which of the p values (None = no test) stay below .05 after Holm's step-down correction."""
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    kept = [False] * len(ps)
+    for rank, (p, i) in enumerate(order):
+        if p > .05 / (len(order) - rank):
+            break
+        kept[i] = True
+    return kept
+
+
+def look_up(result: dict, path: tuple):
+    """A score by its path; layers by 'middle' or 'last'; 'half': validation accuracy at half time."""
+    if path == ('half',):
+        curve = [(x['step'], x['val']['mean']) for x in result['log'] if x['stage'] == 'posttrain']
+        return dict(curve).get(result['steps'] // 2)
+    value = result['scores']
+    for key in path:
+        if key in ('middle', 'last'):
+            value = value[len(value) // 2 if key == 'middle' else -1]
+        else:
+            value = value.get(key) if value else None
+    return value['value'] if isinstance(value, dict) else value
+
+
+def collect(out: Path) -> dict:
+    """{arm: {seed: result}} of all finished arms."""
+    found = {}
+    for path in sorted(out.glob('seed*/*/result.json')):
+        r = json.loads(path.read_text())
+        if r['scores']:
+            found.setdefault(r['arm'], {})[r['seed']] = r
+    if not found:
+        raise UserError(f'no finished arm under {out}: run python -m experiments.reproduce first')
+    return found
+
+
+def difference(found, arm, other, path):
+    """Paired differences over the seeds that both arms finished."""
+    seeds = sorted(found.get(arm, {}).keys() & found.get(other, {}).keys())
+    values = [(look_up(found[arm][s], path), look_up(found[other][s], path)) for s in seeds]
+    return paired([a - b for a, b in values if a is not None and b is not None])
+
+
+def claims_of(found) -> list[dict]:
+    rows = []
+    for claim, (arm, other, path, paper) in CLAIMS.items():
+        e = difference(found, arm, other, path)
+        if e['n']:
+            rows.append({'claim': claim, 'effect': e['value'], 'low': e['low'], 'high': e['high'], 'p': e['p'],
+                         'seeds': e['n'], 'arms': f'{arm} - {other}', 'paper': paper,
+                         'verdict': verdict(e, no_change=paper == '0')})
+    for row, kept in zip(rows, holm([r['p'] for r in rows])):
+        row['survives_holm'] = kept
+    return rows
+
+
+def table(head, rows) -> str:
+    return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---'] * len(head), *rows])
+
+
+def points(e) -> str:
+    """An effect in percentage points with its interval."""
+    if e['value'] is None:
+        return '-'
+    tail = '' if e['low'] is None else f" [{100 * e['low']:+.1f}, {100 * e['high']:+.1f}]"
+    return f"{100 * e['value']:+.1f}{tail}"
+
+
+def report(out: Path):
+    """Write report.md, claims.json and the figures of all finished arms under `out`."""
+    found = collect(out)
+    claims = claims_of(found)
+    (out / 'claims.json').write_text(json.dumps(claims, indent=1) + '\n')
+    m = sum(c['p'] is not None for c in claims)
+    parts = [f'# Claims\n\n{m} claims are tested; 95% t intervals of differences paired by seed, in points.\n',
+             table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'),
+                   [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
+                     c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
+    for title, names, first in (('Understanding', ('mean', *data.VISUAL, 'reason'), 'understanding'),
+                                ('Generation', ('mean', *evaluation.CATEGORIES), 'generation'),
+                                ('Segmentation', ('miou', 'ceiling'), 'segmentation')):
+        rows = []
+        for arm, by_seed in found.items():
+            values = [[look_up(r, (first, k)) for r in by_seed.values()] for k in names]
+            if None not in values[0]:
+                rows.append([arm, len(by_seed), *(f'{np.mean([x for x in v if x is not None]):.3f}'
+                                                  if any(x is not None for x in v) else '-' for v in values),
+                             points(difference(found, arm, 'sft', (first, names[0])))])
+        parts.append(f'\n# {title}: mean over seeds, test split\n\n' +
+                     table(('arm', 'seeds', *names, f'{names[0]} - sft'), rows))
+    seconds = [r['seconds'] for by_seed in found.values() for r in by_seed.values()]
+    parts.append(f'\n{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one process in all.')
+    (out / 'report.md').write_text('\n'.join(parts) + '\n')
+    try:
+        import matplotlib
+    except ImportError:
+        print('no figures: pip install matplotlib')
+    else:
+        matplotlib.use('Agg')
+        figures(out, found)
+    print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json and figures')
+
+
+def figures(out: Path, found):
+    """gains.png, generation.png, convergence.png, probe.png, attention.png."""
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
+                         'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
+    shown = [a for a in INK if a in found]
+    seeds = f"{min(map(len, found.values()))}-{max(map(len, found.values()))} seeds"
+
+    def gains(name, first, names, base):
+        arms = [a for a in shown if a != base]
+        fig, ax = plt.subplots(figsize=(max(6, len(names) * .95), 3.2))
+        for i, arm in enumerate(arms):
+            es = [difference(found, arm, base, (first, k)) for k in names]
+            x = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * .8 / len(arms)
+            y = np.array([100 * (e['value'] or 0) for e in es])
+            h = [[100 * (e['value'] - e['low']) if e['low'] is not None else 0 for e in es]] * 2
+            ax.errorbar(x, y, h, fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black', mew=.4)
+        ax.axhline(0, color='black', lw=.7)
+        ax.set_xticks(range(len(names)), names)
+        ax.set_ylabel(f'points above {base}')
+        ax.set_title(f'{first}, test split: paired differences, 95% t intervals, {seeds}', loc='left')
+        ax.legend(ncol=len(arms), loc='upper center', bbox_to_anchor=(.5, -.12))
+        fig.savefig(out / name)
+        plt.close(fig)
+
+    base = 'sft' if 'sft' in found else shown[0]
+    gains('gains.png', 'understanding', ('mean', *data.VISUAL, 'reason'), base)
+    gains('generation.png', 'generation', ('mean', *evaluation.CATEGORIES), base)
+
+    def curves(name, panels, y_label, x_label):
+        """panels: {title: function of a result -> [(x, y)]}"""
+        fig, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), squeeze=False)
+        for ax, (title, curve) in zip(axes[0], panels.items()):
+            for arm in shown:
+                lines = [dict(curve(r)) for r in found[arm].values() if curve(r)]
+                x = sorted(set.intersection(*map(set, lines))) if lines else []
+                y = np.array([[line[i] for i in x] for line in lines])
+                if len(x) > 1:
+                    ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black', mew=.3)
+                    if len(lines) > 1:
+                        h = t_quantile(.975, len(lines) - 1) * y.std(0, ddof=1) / len(lines) ** .5
+                        ax.fill_between(x, y.mean(0) - h, y.mean(0) + h, color=INK[arm], alpha=.12, lw=0)
+            ax.set_title(title, loc='left')
+            ax.set_xlabel(x_label)
+        axes[0, 0].set_ylabel(y_label)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, ncol=max(1, len(labels)), loc='lower center', bbox_to_anchor=(.5, -.1))
+        fig.text(.99, 1.0, f'bands: 95% t intervals, {seeds}', ha='right', fontsize=7)
+        fig.tight_layout()
+        fig.savefig(out / name)
+        plt.close(fig)
+
+    at = lambda key: lambda r: [(x['step'], x['val'][key]) for x in r['log'] if x['stage'] == 'posttrain']
+    curves('convergence.png', {'mean of visual types': at('mean'), 'shape': at('shape'), 'what': at('what')},
+           'validation accuracy', 'post-training step')
+    by_layer = lambda group, key: lambda r: list(enumerate(r['scores'][group][key]))
+    curves('probe.png', {k: by_layer('probe', k) for k in ('shape', 'colour', 'depth', 'object', 'control')},
+           'balanced accuracy of a linear probe', 'layer (0 = embedding)')
+    curves('attention.png', {k: by_layer('attention', k) for k in ('picture', 'asked object', 'draw: position')},
+           'share of attention', 'layer')

@@ -1,0 +1,301 @@
+"""The claims of SGT (arXiv 2605.18714), tested: arms that differ in nothing but the proxy's target.
+
+    python -m experiments.reproduce --only quick --seeds 3     sft, edge, depth, seg
+    python -m experiments.reproduce                            ten arms x 5 seeds: the main comparison
+    python -m experiments.reproduce --only controls|ratio|scale|questions|input
+    python -m experiments.reproduce --report                   only write the report of what is finished
+
+One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain on the same pictures,
+questions and drawings in the same order. A finished arm is kept (result.json) and never run again; a killed
+one resumes. Writes report.md, claims.json and figures under --out. Scores are of the test split.
+"""
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import model
+import train
+from data import COLOURS, SHAPES, UserError, World
+
+PROXY_ARMS = ('edge', 'recon', 'denoise', 'deblur', 'superres', 'inpaint', 'depth', 'instance', 'seg')
+RATIOS, POOLS, ASKED = (.5, 1., 1.5, 2.5, 3.), (100, 400, 1600), (200, 800)
+# arm -> flags of train.py, then: 'pictures' / 'questions', the number of distinct ones (0 = endless)
+ARMS = {
+    'none': None, 'sft': {'proxy': 'none'}, **{p: {'proxy': p} for p in PROXY_ARMS},
+    'sft-long': {'proxy': 'none', 'longer': 2.}, 'shuffled': {'control': 'shuffled'},
+    'frozen': {'control': 'frozen'}, 'first': {'control': 'first'},
+    **{f'ratio-{r:g}': {'ratio': r} for r in RATIOS},
+    **{f'scale-{n}': {'pictures': n} for n in POOLS},
+    **{f'{arm}-asked-{n}': {'proxy': proxy, 'questions': n}
+       for n in ASKED for arm, proxy in (('sft', 'none'), ('seg', 'seg'))},
+    **{f'{arm}-code': {'proxy': proxy, 'base': 'code'} for arm, proxy in (('sft', 'none'), ('seg', 'seg'))}}
+PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg', 'shuffled'),
+         'quick': ('none', 'sft', 'edge', 'depth', 'seg'),
+         'controls': ('none', 'sft', 'seg', 'sft-long', 'shuffled', 'frozen', 'first'),
+         'restoration': ('none', 'sft', 'recon', 'denoise', 'deblur', 'superres', 'inpaint'),
+         'ratio': ('none', 'sft', 'seg', *(a for a in ARMS if a.startswith('ratio'))),
+         'scale': ('none', 'sft', 'seg', *(a for a in ARMS if a.startswith('scale'))),
+         'questions': ('none', 'sft', 'seg', *(a for a in ARMS if '-asked-' in a)),
+         'input': ('none', 'sft', 'seg', 'sft-code', 'seg-code')}
+# Post-training shorter than the main job's: the arms are compared while there is still something to learn.
+STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
+         'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '2']}
+PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
+
+
+class Limited(World):
+    """A World in which only the first `pictures` maps or `questions` pictures with questions exist."""
+    pictures = questions_ = 0
+
+    def proxies(self, split, index, B, name):
+        n = max(1, self.pictures // B) if self.pictures and split == 'train' else 0
+        return super().proxies(split, index // 3 % n * 3 + 2 if n else index, B, name)
+
+    def questions(self, split, index, B, Q, **how):
+        n = max(1, self.questions_ // B) if self.questions_ and split == 'train' else 0
+        return super().questions(split, index // 3 % n * 3 if n else index, B, Q, **how)
+
+
+# ---- probes: what a linear map can read from frozen features ----
+@torch.no_grad()
+def features(umm, tok, world, split, index, n):
+    """-> (states of the picture's positions per layer [n_layer + 1, n * N, C], labels {task: [n * N]},
+    -1 = not asked). A patch is an object's if that object covers half of it."""
+    found, r, _ = world.scenes(split, index, n)
+    states, p = [], umm.c.patch
+    hooks = [b.register_forward_hook(lambda m, a, out: states.append(out)) for b in umm.blocks]
+    image = umm.inputs(tok, r.image)
+    umm.hidden(data.pack(world.text, [[('what is where?', None)]] * n, image, world.device))
+    for hook in hooks:
+        hook.remove()
+    layers = [umm.embed_image(image)] + states[::2]            # a block sees the picture first, then text
+    cover = F.avg_pool2d(F.one_hot(r.instance, 5).permute(0, 3, 1, 2).float(), p)     # [n,5,G,G]
+    share, slot = cover.flatten(2).max(1)                                             # [n,N]
+    slot = torch.where(share >= .5, slot, -1).cpu()
+    look = lambda f: torch.tensor([[f(objs[k - 1]) if k > 0 else -1 for k in row]
+                                   for (objs, _), row in zip(found, slot.tolist())]).flatten()
+    g = torch.Generator().manual_seed(index)
+    labels = {'shape': look(lambda o: SHAPES.index(o.shape)),
+              'colour': look(lambda o: list(COLOURS).index(o.colour)),
+              'depth': look(lambda o: int(o.z > .5)), 'object': torch.where(slot < 0, -1, slot > 0).flatten()}
+    labels['control'] = torch.where(labels['shape'] < 0, -1,
+                                    torch.randint(5, labels['shape'].shape, generator=g))
+    return torch.stack([x.flatten(0, 1) for x in layers]).cpu(), labels
+
+
+def ridge(X, y, X_test, strength=1e-2):
+    """Ridge regression to one-hot labels, closed form; X standardised, [n, C]. -> predictions."""
+    mean, std = X.mean(0), X.std(0) + 1e-6
+    add = lambda x: F.pad((x - mean) / std, (0, 1), value=1.).double()                # [n,C+1]
+    A, Y = add(X), F.one_hot(y).double()
+    penalty = strength * len(X) * torch.eye(A.shape[1], dtype=A.dtype)
+    return (add(X_test) @ torch.linalg.solve(A.T @ A + penalty, A.T @ Y)).argmax(-1)
+
+
+def probe(umm, tok, world, n=400) -> dict:
+    """Balanced accuracy per task and layer on scenes that the probe has not seen (and accuracy on PAIRS
+    of shapes). `control`: random labels, which only memory could get right (Hewitt & Liang 2019)."""
+    (X, y), (X_test, y_test) = (features(umm, tok, world, split, 2**27, m)
+                                for split, m in (('train', n), ('test', n // 2)))
+    out = {}
+    for task in y:
+        a, b = y[task] >= 0, y_test[task] >= 0
+        true, out[task] = y_test[task][b], []
+        for layer in range(len(X)):
+            got = ridge(X[layer][a], y[task][a], X_test[layer][b])
+            out[task].append(np.mean([(got[true == k] == k).float().mean().item() for k in true.unique()]))
+            for pair in PAIRS if task == 'shape' else ():
+                kept = [SHAPES.index(s) for s in pair]
+                i, j = (torch.isin(t, torch.tensor(kept)) for t in (y[task], y_test[task]))
+                got2 = ridge(X[layer][i], (y[task][i] == kept[1]).long(), X_test[layer][j])
+                right = (got2 == (y_test[task][j] == kept[1])).float().mean().item()
+                out.setdefault('/'.join(pair), []).append(right)
+    return out
+
+
+# ---- attention: the softmax weights of the forward pass itself ----
+@contextlib.contextmanager
+def recorded():
+    """Within, every call of model.attention leaves its weights [B, H, T, keys] in the list."""
+    kept, original = [], model.attention
+
+    def attention(q, k, v, mask):
+        scores = (q * q.shape[-1] ** -.5) @ k.mT                                      # [B,H,T,keys]
+        kept.append(torch.softmax(scores if mask is None else scores + mask, dim=-1))
+        return kept[-1] @ v
+    model.attention = attention
+    try:
+        yield kept
+    finally:
+        model.attention = original
+
+
+def bucket(word: str) -> str:
+    """object, colour, position or other: what a word of a prompt is about."""
+    word = word.strip('.,?')
+    return 'object' if word in SHAPES or word in data.PLURAL.values() else 'colour' if word in COLOURS else \
+        'position' if word in 'top left right bottom above below of'.split() else 'other'
+
+
+@torch.no_grad()
+def attention_shares(umm, tok, world, n=128) -> dict:
+    """Per layer, mean over heads and pictures: from the position that answers 'where is the X?', the share
+    of mass on the picture, on the patches of X, on text; while drawing, the shares of the prompt's and the
+    plan's kinds of words in the mass on text."""
+    N, out = umm.c.grid ** 2, {}
+    found, r, rng = world.scenes('test', 2**26, n)
+    asked = [rng.randrange(len(objs)) for objs, _ in found]
+    rows = [[(f'where is the {objs[k].name}?', data.CELLS[objs[k].cell])] for (objs, _), k in zip(found, asked)]
+    s = data.pack(world.text, rows, umm.inputs(tok, r.image), world.device)
+    with recorded() as kept:
+        umm.hidden(s)
+    at = (s.target >= 0).int().argmax(1)                       # where the answer's first word is predicted
+    mine = F.max_pool2d((r.instance == torch.tensor(asked, device=r.instance.device)[:, None, None] + 1)
+                        .float()[:, None], umm.c.patch).flatten(1)                    # [n,N]
+    rows = [w[torch.arange(n), :, at].mean(1) for w in kept[1::2]]                    # [n,N+T] per layer
+    out['picture'] = [w[:, :N].sum(1).mean().item() for w in rows]
+    out['asked object'] = [(w[:, :N] * mine).sum(1).mean().item() for w in rows]
+    out['text'] = [w[:, N:].sum(1).mean().item() for w in rows]
+    prompts = [data.caption(objs, 'list', rng) for objs, _ in found]
+    plans = [data.caption(objs, 'place', rng) for objs, _ in found]
+    s = data.pack(world.text, [[turn] for turn in zip(prompts, plans)], device=world.device)
+    s.codes = tok.encode(r.image)
+    with recorded() as kept:
+        umm.hidden(s)
+    kinds = [[bucket(word) for word in prompt.split() for _ in world.text.encode(word)] + ['other'] +
+             [bucket(word) for word in plan.split() for _ in world.text.encode(word)]
+             for prompt, plan in zip(prompts, plans)]
+    for name in ('object', 'colour', 'position', 'other'):
+        m = torch.tensor([[k == name for k in row] + [False] * (s.text.shape[1] - len(row)) for row in kinds],
+                         device=world.device)                                         # [n,T]
+        text = [w[:, :, -N:, :s.text.shape[1]].mean((1, 2)) for w in kept]            # [n,T] per layer
+        out['draw: ' + name] = [((w * m).sum(1) / w.sum(1)).mean().item() for w in text]
+    return out
+
+
+# ---- one arm ----
+def flags_of(a, seed, kind):
+    base = a.out / f'seed{seed}' / kind
+    return ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
+            *STEPS[a.preset], *(['--image_input', 'code'] if kind == 'base-code' else [])], base
+
+
+def prepare(folder: Path, flags: list):
+    """A Run in `folder`, resumed if it was begun before."""
+    begun = (folder / 'state.safetensors').exists()
+    s = train.parse([*flags, '--out', str(folder), '--resume' if begun else '--overwrite'])
+    return train.Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
+
+
+def work(a, seed: int, arm: str):
+    """Run one arm (or a base) to its result.json, its output to out.txt."""
+    kind = 'base-code' if arm.endswith('code') else 'base'
+    flags, base = flags_of(a, seed, kind)
+    folder, begin = a.out / f'seed{seed}' / arm, time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'out.txt', 'a') as out, contextlib.redirect_stdout(out):
+        if arm.startswith('base'):
+            run = prepare(folder, flags)
+            train.train_tokenizer(run)
+            train.pretrain(run)
+            run.save('pretrained.safetensors', 'posttrain', 0)
+            scores = {}
+        else:
+            how = dict(ARMS[arm] or {'proxy': 'none'})
+            limits = {k: how.pop(k, 0) for k in ('pictures', 'questions')}
+            steps = train.parse(flags).post_steps * how.pop('longer', 1)
+            how.pop('base', None)
+            for k, v in how.items():
+                flags += [f'--{k}', str(v)]
+            flags += ['--init', str(base / 'pretrained.safetensors'), '--post_steps', str(round(steps))]
+            run = prepare(folder, flags)
+            run.world = Limited(run.s.size, seed, run.device, run.world.text)
+            run.world.pictures, run.world.questions_ = limits['pictures'], limits['questions']
+            if arm != 'none':
+                train.posttrain(run)
+            run.umm.eval()
+            scores = measure(run, a.n)
+        result = {'arm': arm, 'seed': seed, 'seconds': time.time() - begin, 'steps': run.s.post_steps,
+                  'scores': scores, 'log': [json.loads(x) for x in run.lines if '"val"' in x]}
+    (folder / 'result.part').write_text(json.dumps(result))
+    os.replace(folder / 'result.part', folder / 'result.json')
+
+
+def measure(run, n) -> dict:
+    """All scores of an arm, on test scenes that are the same for every arm and seed."""
+    umm, tok, world = run.umm, run.tok, World(run.s.size, 0, run.device, run.world.text)
+    scores = {'understanding': evaluation.understanding(umm, tok, world, n),
+              'generation': evaluation.generation(umm, tok, world, max(2, n // 12), run.s.cfg),
+              'probe': probe(umm, tok, world, max(50, n * 3 // 4)),
+              'attention': attention_shares(umm, tok, world, max(16, n // 4))}
+    if run.s.proxy == 'seg':
+        scores['segmentation'] = evaluation.segmentation(umm, tok, world, max(16, n // 4))
+    evaluation.picture(umm, tok, world, run.s.cfg).save(run.dir / 'samples.png')
+    return scores
+
+
+def execute(a, arms):
+    """All that is not finished, at most --jobs at a time: a seed's base first, then its arms."""
+    done = lambda seed, arm: (a.out / f'seed{seed}' / arm / 'result.json').exists()
+    need = {(seed, arm): 'base-code' if arm.endswith('code') else 'base'
+            for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
+    todo = sorted({(seed, base) for (seed, _), base in need.items() if not done(seed, base)})
+    total, running, begin = len(need) + len(todo), {}, time.time()
+    print(f'{total} runs to do, {a.jobs} at a time, under {a.out}')
+    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn')) as pool:
+        while todo or need or running:
+            ready = [k for k, base in need.items() if done(k[0], base)]
+            while (todo or ready) and len(running) < a.jobs:
+                key = todo.pop(0) if todo else ready.pop(0)
+                need.pop(key, None)
+                running[pool.submit(work, a, *key)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                seed, arm = running.pop(future)
+                future.result()
+                finished = total - len(todo) - len(need) - len(running)
+                left = (time.time() - begin) / finished * (total - finished) / 60
+                print(f'{finished}/{total} seed {seed} {arm}: done; about {left:.0f} minutes left', flush=True)
+
+
+def main(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    p.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ... (default 5)')
+    p.add_argument('--only', default='main', choices=PLANS, help='which plan (default main)')
+    p.add_argument('--arms', default='', help='arms by name, comma-separated, instead of a plan')
+    p.add_argument('--preset', default='cpu', choices=STEPS, help='default cpu')
+    p.add_argument('--out', type=Path, default=None, help='default out/reproduce')
+    p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
+    p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
+    p.add_argument('--report', action='store_true', help='write the report only')
+    a = p.parse_args(argv)
+    arms = a.arms.split(',') if a.arms else PLANS[a.only]
+    for arm in arms:
+        if arm not in ARMS:
+            raise UserError(f"--arms names {arm!r}: choose from {', '.join(ARMS)}")
+    if not 1 <= a.seeds <= 100 or a.jobs < 0 or a.n < 0:
+        raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}: 1 to 100 seeds, no negatives')
+    a.device = 'cuda' if torch.cuda.is_available() and a.preset == 'gpu' else 'cpu'
+    a.out = a.out or Path('out/reproduce')
+    a.jobs = a.jobs or (1 if a.device == 'cuda' else os.cpu_count())
+    a.threads, a.n = max(1, os.cpu_count() // a.jobs), a.n or (64 if a.preset == 'test' else 512)
+    os.environ['TQDM_DISABLE'] = '1'                           # the workers' bars would mix
+    if not a.report:
+        execute(a, arms)
+    from experiments.report import report
+    report(a.out)
+
+
+if __name__ == '__main__':
+    data.guard(main)
