@@ -112,8 +112,7 @@ def components(mask, label):
 
 def templates(size: int, device):
     """Binary pictures of each shape at 10 radii and 4 half-pixel offsets -> [5 * 40, 1, P, P]."""
-    axis = torch.arange(2 * math.ceil(data.NEAR * 1.1 * size) + 3, device=device)     # [P]
-    axis = axis - len(axis) // 2
+    axis = torch.arange(-(half := math.ceil(data.NEAR * 1.1 * size) + 1), half + 1, device=device)  # [P]
     radii = torch.linspace(data.FAR * .9, data.NEAR * 1.05, 10) * size
     inside = [data.distance_field(k, (axis - x)[None] / r, (axis - y)[:, None] / r) < 0
               for k in range(len(data.SHAPES)) for r in radii for x in (0, .5) for y in (0, .5)]
@@ -135,12 +134,14 @@ def detect(images) -> list[list[data.Object]]:
         todo += [(b, ids[b] == i) for i in index[(area >= .02 * S * S) & (index > 0)]]
     while todo:
         part, todo = todo[:128], todo[128:]
-        region = torch.stack([m for _, m in part])[:, None].float()                   # [n,1,S,S]
-        free = torch.stack([~solid[b] for b, _ in part])[:, None].float()
-        hit, over = (F.conv2d(m, bank, padding=pad) for m in (region, free))          # [n,200,S,S]
-        best = (hit / (region.sum((2, 3), keepdim=True) + over)).flatten(1).argmax(1).tolist()
-        for (b, m), at in zip(part, best):
-            k, y, x = at // (S * S), at // S % S, at % S
+        middle = [m.nonzero().float().mean(0).long().tolist() for _, m in part]       # y, x of regions
+        crop = lambda m, y, x: F.pad(m.float(), (pad + 6,) * 4)[y:, x:][:2 * pad + 13, :2 * pad + 13]
+        near = [(crop(m, *at), crop(~solid[b], *at)) for (b, m), at in zip(part, middle)]
+        hit, over = (F.conv2d(torch.stack(m)[:, None], bank) for m in zip(*near))     # [n,200,13,13]
+        area = torch.stack([m.sum() for _, m in part])[:, None, None, None]
+        best = (hit / (area + over)).flatten(1).argmax(1).tolist()
+        for (b, m), at, (y, x) in zip(part, best, middle):
+            k, y, x = at // 169, y + at // 13 % 13 - 6, x + at % 13 - 6
             covered = F.pad(bank[k, 0], (x, S - x, y, S - y))[pad:pad + S, pad:pad + S] > 0     # [S,S]
             y, x = (m & covered).nonzero().float().mean(0).add(.5).div(S).tolist()
             name = list(data.COLOURS)[int(colour[b][m][0])]
@@ -251,7 +252,6 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
             'perplexity': torch.exp(-(p * (p + 1e-10).log()).sum()).item()}
 
 
-# ---- pictures ----
 def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
     n, S = max(len(r) for r in rows), rows[0].shape[-1] * scale

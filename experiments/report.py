@@ -185,11 +185,23 @@ def report(out: Path):
     else:
         matplotlib.use('Agg')
         figures(out, found)
+    targets(out)
     print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json and figures')
 
 
+def targets(out: Path, n=6):
+    """targets.png: input pictures, and the target of every proxy; of a restoration its spoilt input too."""
+    world, rows, names = data.World(32), [], []
+    for name in data.PROXIES:
+        s, target, r = world.proxies('val', 0, n, name)
+        spoilt = name in data.SPOIL
+        rows += [r.image] * (not rows) + [s.image if spoilt else target]
+        names += ['picture'] * (not names) + [f"{name}: input" if spoilt else name]
+    evaluation.grid(rows, [[name] for name in names], scale=2).save(out / 'targets.png')
+
+
 def figures(out: Path, found):
-    """gains.png, generation.png, convergence.png, probe.png, attention.png."""
+    """gains.png, generation.png, convergence.png, probe.png, attention.png, projection.png."""
     import matplotlib.pyplot as plt
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                          'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
@@ -212,6 +224,19 @@ def figures(out: Path, found):
         ax.legend(ncol=len(arms), loc='upper center', bbox_to_anchor=(.5, -.12))
         fig.savefig(out / name)
         plt.close(fig)
+
+    fig, axes = plt.subplots(1, len(shown), figsize=(2.4 * len(shown), 2.6), squeeze=False)
+    for ax, arm in zip(axes[0], shown):
+        p = found[arm][min(found[arm])]['scores']['projection']
+        xy, kind = np.array(p['xy']), np.array(p['shape'])
+        for k, (name, mark, ink) in enumerate(zip(data.SHAPES, 'os^P*', INK.values())):
+            ax.scatter(*xy[kind == k].T, s=9, marker=mark, color=ink, label=name, lw=0, alpha=.8)
+        ax.set(title=arm, xticks=[], yticks=[])
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center', bbox_to_anchor=(.5, -.06))
+    fig.suptitle('Object patches of test scenes, middle layer, first two principal components (one seed)',
+                 x=.01, ha='left', fontsize=9)
+    fig.savefig(out / 'projection.png')
+    plt.close(fig)
 
     base = 'sft' if 'sft' in found else shown[0]
     gains('gains.png', 'understanding', ('mean', *data.VISUAL, 'reason'), base)

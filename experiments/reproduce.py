@@ -124,6 +124,14 @@ def probe(umm, tok, world, n=400) -> dict:
     return out
 
 
+def projection(umm, tok, world, n) -> dict:
+    """The first two principal components of the middle layer at object patches, and their shapes."""
+    X, y = features(umm, tok, world, 'test', 2**27, n)
+    x = X[len(X) // 2][y['shape'] >= 0]
+    x = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T       # [m,2]
+    return {'xy': x.tolist(), 'shape': y['shape'][y['shape'] >= 0].tolist()}
+
+
 # ---- attention: the softmax weights of the forward pass itself ----
 @contextlib.contextmanager
 def recorded():
@@ -238,6 +246,7 @@ def measure(run, n) -> dict:
     scores = {'understanding': evaluation.understanding(umm, tok, world, n),
               'generation': evaluation.generation(umm, tok, world, max(2, n // 12), run.s.cfg),
               'probe': probe(umm, tok, world, max(50, n * 3 // 4)),
+              'projection': projection(umm, tok, world, max(20, n // 10)),
               'attention': attention_shares(umm, tok, world, max(16, n // 4))}
     if run.s.proxy == 'seg':
         scores['segmentation'] = evaluation.segmentation(umm, tok, world, max(16, n // 4))
