@@ -73,7 +73,8 @@ class Settings:
     clip: float = opt(1., 'largest norm of the gradient')
     w_text: float = opt(1., 'weight of the mean loss of answers about pictures')
     pre_w_text: float = opt(.1, 'the same in the pretrain stage, where it slows drawing')
-    w_image: float = opt(1., 'weight of the mean loss of the pixel head; plans have 1')
+    w_draw: float = opt(.4, 'weight of the mean loss of drawings, post-training; of plans: 1')
+    w_proxy: float = opt(.6, 'weight of the mean loss of proxy maps')
     drop: float = opt(.1, 'share of empty prompts, for classifier-free guidance')
     cfg: float = opt(2., 'guidance scale in the evaluation')
     eval_n: int = opt(512, 'pictures in the evaluation')
@@ -154,6 +155,12 @@ class Run:
                 if k not in ('resume', 'overwrite', 'out', 'device', 'threads') and old.get(k) != v:
                     raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
                                     f'{k} is {v!r} here, {old.get(k)!r} there')
+        if s.init and not s.resume:
+            self.tok, self.umm, text, _, meta = load(s.init, device)
+            self.stage = 'posttrain'
+            for k, v in vars(self.umm.c).items():
+                if getattr(s, k, v) != v:
+                    raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
@@ -162,19 +169,14 @@ class Run:
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
         self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
         self.logfile.truncate()
-        self.world = World(s.size, s.seed, device, text if s.resume else None)
+        self.world = World(s.size, s.seed, device, text if s.resume or s.init else None)
         if not s.resume:
-            list(map(Path.unlink, self.dir.glob('*.safetensors')))      # --overwrite
+            list(map(Path.unlink, self.dir.glob('[ms]*.safetensors')))   # --overwrite: model and state
+        if not s.resume and not s.init:
             shared = vars(s).keys() & vars(Config()).keys()
             c = Config(**{k: getattr(s, k) for k in shared}, vocab=self.world.text.size)
             torch.manual_seed(s.seed)
             self.tok, self.umm = VQTokenizer(c).to(device), UMM(c).to(device)
-        if s.init and not s.resume:
-            self.tok, self.umm, self.world.text, _, meta = load(s.init, device)
-            self.stage = 'posttrain'
-            for k, v in vars(self.umm.c).items():
-                if getattr(s, k, v) != v:
-                    raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
         self.tok.to(memory_format=torch.channels_last)
 
     def log(self, **line):
@@ -277,21 +279,22 @@ def train_tokenizer(run: Run):
     run.tok.eval().requires_grad_(False)
 
 
-def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text: float) -> dict:
+def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1.) -> dict:
     """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
-    a map. A head's loss is the mean over all its targets, so that their number sets no weight."""
-    s, world, tok, umm, out, pixel = run.s, run.world, run.tok, run.umm, {}, []
+    a map. Each loss is a mean with a fixed weight, so that numbers of pictures set none."""
+    s, world, tok, umm, out, loss = run.s, run.world, run.tok, run.umm, {}, 0
     forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
     if ask:
         seq, _ = world.questions('train', 3 * step, ask, s.questions)
         seq.image = umm.inputs(tok, seq.image)
         out['text'] = forward(seq)[0]
+        loss = w_text * out['text']
     if draw:
         seq, target = world.drawings('train', 3 * step + 1, draw, s.drop)
         seq.codes = tok.encode(target)
         plan, out['draw'] = forward(seq)
         out |= {} if plan is None else {'plan': plan}        # None: all prompts were dropped
-        pixel.append((draw, out['draw']))
+        loss = loss + out.get('plan', 0) + w_draw * out['draw']
     if proxies:
         seq, target, _ = world.proxies('train', 3 * step + 2, proxies, s.proxy)
         target = target.roll(1, 0) if s.control == 'shuffled' else target
@@ -299,9 +302,7 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text: f
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
         out[s.proxy] = forward(seq)[1]
         umm.blocks.requires_grad_(True)
-        pixel.append((proxies, out[s.proxy]))
-    image = sum(n * l for n, l in pixel) / max(1, draw + proxies)
-    loss = w_text * out.get('text', 0) + out.get('plan', 0) + s.w_image * image
+        loss = loss + s.w_proxy * out[s.proxy]
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
 
@@ -326,7 +327,7 @@ def posttrain(run: Run):
     def loss_of(step):
         late = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1      # as much in all
         return umm_losses(run, s.pre_steps + step, late * s.post_ask, s.post_draw,
-                          (2 - late) * proxies, s.w_text)
+                          (2 - late) * proxies, s.w_text, s.w_draw)
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
 
 
@@ -362,6 +363,7 @@ def check(s: Settings):
     rules += [('size', 16 <= s.size <= 512 and s.size % Config.patch == 0, '16 to 512, a multiple of 4'),
               ('n_embd', s.n_embd % (4 * s.n_head or 1) == 0, f'a multiple of {4 * s.n_head}'),
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
+              ('ratio', s.proxy == 'none' or round(s.ratio * s.post_ask) > 1, '2 maps a step or more'),
               ('tok_batch', s.tok_batch >= 8, 'at least 8'), ('eval_n', s.eval_n >= 16, 'at least 16'),
               ('drop', s.drop <= 1, 'a share, 0 to 1'),
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]

@@ -5,9 +5,10 @@
     python -m experiments.reproduce --only controls|ratio|scale|questions|input
     python -m experiments.reproduce --report                   only write the report of what is finished
 
-One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain on the same pictures,
-questions and drawings in the same order. A finished arm is kept (result.json) and never run again; a killed
-one resumes. Writes report.md, claims.json and figures under --out. Scores are of the test split.
+One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same loss
+weights, on the same pictures, questions and drawings in the same order (not so `ratio-*` and `first`: other
+batch sizes mean other scenes). All arms replay drawings. A finished arm is kept (result.json) and never run
+again; a killed one resumes. Writes report.md, claims.json and figures under --out; scores: test split.
 """
 import argparse
 import contextlib
@@ -15,7 +16,7 @@ import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +106,17 @@ def ridge(X, y, X_test, strength=1e-2):
 
 def probe(umm, tok, world, n=400) -> dict:
     """Balanced accuracy per task and layer on scenes that the probe has not seen (and accuracy on PAIRS
-    of shapes). `control`: random labels, which only memory could get right (Hewitt & Liang 2019)."""
+    of shapes). `control`: as shape, but random labels, scored on the patches that the probe was fitted to:
+    what it can memorise (after Hewitt & Liang 2019)."""
     (X, y), (X_test, y_test) = (features(umm, tok, world, split, 2**27, m)
                                 for split, m in (('train', n), ('test', n // 2)))
     out = {}
     for task in y:
         a, b = y[task] >= 0, y_test[task] >= 0
-        true, out[task] = y_test[task][b], []
+        out[task] = []
         for layer in range(len(X)):
-            got = ridge(X[layer][a], y[task][a], X_test[layer][b])
+            here, true = (X, y[task][a]) if task == 'control' else (X_test, y_test[task][b])
+            got = ridge(X[layer][a], y[task][a], here[layer][a if task == 'control' else b])
             out[task].append(np.mean([(got[true == k] == k).float().mean().item() for k in true.unique()]))
             for pair in PAIRS if task == 'shape' else ():
                 kept = [SHAPES.index(s) for s in pair]
@@ -156,6 +159,12 @@ def bucket(word: str) -> str:
         'position' if word in 'top left right bottom above below of'.split() else 'other'
 
 
+def buckets(text, line: str) -> list[str]:
+    """The bucket of each token of a line; a comma is 'other', not its word's."""
+    return [kind for word in line.split() for kind in
+            [bucket(word)] * (len(text.encode(word)) - word.endswith(',')) + ['other'] * word.endswith(',')]
+
+
 @torch.no_grad()
 def attention_shares(umm, tok, world, n=128) -> dict:
     """Per layer, mean over heads and pictures: from the position that answers 'where is the X?', the share
@@ -181,8 +190,7 @@ def attention_shares(umm, tok, world, n=128) -> dict:
     s.codes = tok.encode(r.image)
     with recorded() as kept:
         umm.hidden(s)
-    kinds = [[bucket(word) for word in prompt.split() for _ in world.text.encode(word)] + ['other'] +
-             [bucket(word) for word in plan.split() for _ in world.text.encode(word)]
+    kinds = [buckets(world.text, prompt) + ['other'] + buckets(world.text, plan)
              for prompt, plan in zip(prompts, plans)]
     for name in ('object', 'colour', 'position', 'other'):
         m = torch.tensor([[k == name for k in row] + [False] * (s.text.shape[1] - len(row)) for row in kinds],
@@ -234,8 +242,9 @@ def work(a, seed: int, arm: str):
                 train.posttrain(run)
             run.umm.eval()
             scores = measure(run, a.n)
-        result = {'arm': arm, 'seed': seed, 'seconds': time.time() - begin, 'steps': run.s.post_steps,
-                  'scores': scores, 'log': [json.loads(x) for x in run.lines if '"val"' in x]}
+        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n], 'seconds': time.time() - begin,
+                  'steps': run.s.post_steps, 'scores': scores,
+                  'log': [json.loads(x) for x in run.lines if '"val"' in x]}
     (folder / 'result.part').write_text(json.dumps(result))
     os.replace(folder / 'result.part', folder / 'result.json')
 
@@ -255,26 +264,39 @@ def measure(run, n) -> dict:
 
 
 def execute(a, arms):
-    """All that is not finished, at most --jobs at a time: a seed's base first, then its arms."""
-    done = lambda seed, arm: (a.out / f'seed{seed}' / arm / 'result.json').exists()
+    """All that is not finished, at most --jobs at a time: the bases first, then their arms. A run that fails
+    does not stop the others."""
+    def done(seed, arm):
+        path = a.out / f'seed{seed}' / arm / 'result.json'
+        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n]:
+            raise UserError(f'{path} is of another --preset or --n: choose another --out, or delete it')
+        return path.exists()
+
     need = {(seed, arm): 'base-code' if arm.endswith('code') else 'base'
             for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
     todo = sorted({(seed, base) for (seed, _), base in need.items() if not done(seed, base)})
-    total, running, begin = len(need) + len(todo), {}, time.time()
+    total, running, failed, begin = len(need) + len(todo), {}, [], time.time()
     print(f'{total} runs to do, {a.jobs} at a time, under {a.out}')
     with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn')) as pool:
         while todo or need or running:
             ready = [k for k, base in need.items() if done(k[0], base)]
+            if not (todo or ready or running):
+                break                                      # what is left waits for a base that failed
             while (todo or ready) and len(running) < a.jobs:
                 key = todo.pop(0) if todo else ready.pop(0)
                 need.pop(key, None)
                 running[pool.submit(work, a, *key)] = key
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 seed, arm = running.pop(future)
-                future.result()
+                if error := future.exception():
+                    failed.append(f'seed {seed} {arm}: {error}')
+                    print(failed[-1], flush=True)
+                    continue
                 finished = total - len(todo) - len(need) - len(running)
                 left = (time.time() - begin) / finished * (total - finished) / 60
                 print(f'{finished}/{total} seed {seed} {arm}: done; about {left:.0f} minutes left', flush=True)
+    if failed:
+        raise UserError('failed: ' + '; '.join(failed) + '. See out.txt there; the same command tries again')
 
 
 def main(argv=None):
@@ -296,12 +318,18 @@ def main(argv=None):
     if not 1 <= a.seeds <= 100 or a.jobs < 0 or a.n < 0:
         raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}: 1 to 100 seeds, no negatives')
     a.device = 'cuda' if torch.cuda.is_available() and a.preset == 'gpu' else 'cpu'
-    a.out = a.out or Path('out/reproduce')
+    a.out = (a.out or Path('out') / ('reproduce' + f'-{a.preset}' * (a.preset != 'cpu'))).resolve()
     a.jobs = a.jobs or (1 if a.device == 'cuda' else os.cpu_count())
     a.threads, a.n = max(1, os.cpu_count() // a.jobs), a.n or (64 if a.preset == 'test' else 512)
     os.environ['TQDM_DISABLE'] = '1'                           # the workers' bars would mix
     if not a.report:
-        execute(a, arms)
+        try:
+            a.out.mkdir(parents=True, exist_ok=True)
+            execute(a, arms)
+        except OSError as e:
+            raise UserError(f'cannot write to {a.out} ({e.strerror}): choose another --out')
+        except (KeyboardInterrupt, BrokenExecutor):
+            raise UserError('stopped; finished arms are kept: the same command goes on')
     from experiments.report import report
     report(a.out)
 

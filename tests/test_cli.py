@@ -17,6 +17,7 @@ import eval as evaluation
 import sample
 import train
 from data import UserError
+from experiments import report, reproduce
 
 
 def run(script, *args, cwd):
@@ -52,6 +53,15 @@ def test_readme_flags_exist():
     for line in re.findall(r'python train\.py ([^#\n`]*)', (ROOT / 'README.md').read_text()):
         if line.split() != ['-h']:
             train.parse(shlex.split(line))
+
+
+def test_readme_experiments_exist(monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce, 'execute', lambda a, arms: seen.append((a.seeds, arms)))
+    monkeypatch.setattr(report, 'report', lambda out: None)
+    for line in re.findall(r'python -m experiments\.reproduce ?([^#\n`]*)', (ROOT / 'README.md').read_text()):
+        reproduce.main(shlex.split(line))
+    assert seen and all(set(arms) <= reproduce.ARMS.keys() for _, arms in seen)
 
 
 def test_readme_says_how_long_the_files_are():

@@ -136,3 +136,10 @@ def test_blind_baseline_is_at_chance():
     b = evaluation.blind(World(16), n=1024)
     for kind, chance in data.CHANCE.items():
         assert b[kind]['value'] < chance + 0.08, kind
+
+
+def test_detect_ends_on_regions_that_no_template_touches():
+    """A thin frame has its centre far from all its pixels: it is no object, and no endless loop."""
+    x = torch.full((1, 3, 32, 32), 0.5)
+    x[:, :, [0, -1]] = x[:, :, :, [0, -1]] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    assert len(evaluation.detect(x)[0]) < 20

@@ -156,11 +156,10 @@ def test_mixture_is_what_the_settings_say():
     """Pictures drawn from the world in a step: 2 with a proxy map for 1 with questions, by default."""
     run = tiny_run()
     s = run.s
-    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask), s.w_text)
+    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask), s.w_text, s.w_draw)
     counts = {k: v[0][0][2] for k, v in run.world.given.items()}
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
-    n = s.post_draw + 2 * s.post_ask
-    pixel = (losses['draw'] * s.post_draw + losses['seg'] * 2 * s.post_ask) / n
+    pixel = s.w_draw * losses['draw'] + s.w_proxy * losses['seg']
     want = s.w_text * losses['text'] + losses['plan'] + pixel
     assert losses['loss'].item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -219,6 +218,9 @@ def test_posttraining_from_another_runs_checkpoint(run_dir, tmp_path):
     assert {x['stage'] for x in log} == {'posttrain'}
     with pytest.raises(UserError, match='n_layer is 2'):
         train.main([*flags, '--out', str(tmp_path / 'b'), '--n_layer', '2'])
+    with pytest.raises(UserError, match='no checkpoint'):  # and what was there stays
+        train.main([*TEST, '--init', 'none', '--out', str(tmp_path / 'a'), '--overwrite'])
+    assert (tmp_path / 'a' / 'model.safetensors').exists() and not (tmp_path / 'b').exists()
 
 
 def test_every_setting_is_a_flag_with_its_default(capsys):
