@@ -90,7 +90,7 @@ PRESETS = {
         post_ask=48, post_draw=16, eval_n=2048, save_every=1000, sample_every=1000),
     'test': dict(size=16, codebook=64, vq_width=16, vq_depth=1, n_layer=1, n_head=2, n_embd=32,
                  tok_steps=8, tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2,
-                 post_draw=2, questions=4, eval_n=32, log_every=2, save_every=4, sample_every=4)}
+                 post_draw=2, questions=4, eval_n=32, log_every=2, save_every=4, sample_every=8)}
 
 
 # ---- optimizers ----

@@ -168,7 +168,7 @@ def report(out: Path):
     claims = claims_of(found)
     (out / 'claims.json').write_text(json.dumps(claims, indent=1) + '\n')
     m = sum(c['p'] is not None for c in claims)
-    parts = [f'# Claims\n\n{m} claims tested; differences paired by seed, in points. {RULE}\n',
+    parts = [f'# Claims\n\n{m} claims tested; differences paired by seed, in points.\n{RULE}\n',
              table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'),
                    [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
                      c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
@@ -217,7 +217,8 @@ def figures(out: Path, found):
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                          'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
     shown = [a for a in INK if a in found]
-    seeds = f"{min(map(len, found.values()))}-{max(map(len, found.values()))} seeds"
+    counts = sorted({len(by_seed) for by_seed in found.values()})
+    seeds = ' to '.join(map(str, sorted({counts[0], counts[-1]}))) + ' seeds'
 
     def gains(name, first, names, base):
         arms = [a for a in shown if a != base]
@@ -245,7 +246,7 @@ def figures(out: Path, found):
         ax.set(title=arm, xticks=[], yticks=[])
     fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center', bbox_to_anchor=(.5, -.06))
     fig.suptitle('Object patches of test scenes, middle layer, first two principal components (one seed)',
-                 x=.01, ha='left', fontsize=9)
+                 x=.12, y=1.03, ha='left', fontsize=9)
     fig.savefig(out / 'projection.png')
     plt.close(fig)
 

@@ -51,7 +51,7 @@ PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth',
          'input': ('none', 'sft', 'seg', 'sft-code', 'seg-code')}
 # Post-training shorter than the main job's: the arms are compared while there is still something to learn.
 STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
-         'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '2']}
+         'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '3']}
 PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
 
 
