@@ -182,14 +182,14 @@ def prompts(world: World, category: str, n: int, split='test'):
 
 
 @torch.no_grad()
-def generation(umm, tok, world: World, n=64, cfg=2., temperature=.7, top_k=64, split='test') -> dict:
+def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
     """Share of n prompts per category whose picture passes; `verifier`: of true pictures; `ceiling`: of
     these after the tokenizer's round trip."""
     g = torch.Generator(world.device).manual_seed(0)
     scores, verifier, ceiling = {}, [], []
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
-        codes, _ = draw(umm, world.text, texts, g, cfg=cfg, temperature=temperature, top_k=top_k)
+        codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
         passed = [sum(satisfied(w, category, f) for w, f in zip(wanted, detect(x)))
                   for x in (tok.decode(codes), images, tok.decode(tok.encode(images)))]
         scores[category] = share(passed[0], n)
@@ -277,7 +277,7 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
     g = torch.Generator(world.device).manual_seed(1)
     kinds = list(CATEGORIES)
     wanted = [prompts(world, kinds[i % len(kinds)], i + 1, 'val')[0][i] for i in range(n)]
-    drawn = tok.decode(draw(umm, world.text, wanted, g, cfg=cfg, temperature=.7, top_k=64)[0])
+    drawn = tok.decode(draw(umm, world.text, wanted, g, cfg=cfg)[0])
     s, target, r = world.proxies('val', 2**21, n, 'seg')
     s.image = umm.inputs(tok, r.image)
     maps = tok.decode(umm.generate(s, temperature=0))

@@ -345,12 +345,12 @@ def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
     return [text.decode(row) for row in umm.generate(s, text.answer, text.end, length, **how).tolist()]
 
 
-def draw(umm, text: Text, prompts: list[str], generator=None, temperature=1., **how):
+def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
     """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
     asked = pack(text, [[(prompt, None)] for prompt in prompts], device=umm.row.device)
     plans = write(umm, text, asked, generator=generator, temperature=float(temperature > 0))
     planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=umm.row.device)
-    return umm.generate(planned, generator=generator, temperature=temperature, **how), plans
+    return umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how), plans
 
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----

@@ -15,7 +15,6 @@ import eval as evaluation
 from data import UserError
 
 MARGIN = .02                     # differences below 2 points are called none
-BASELINE = {**{f'seg-asked-{n}': f'sft-asked-{n}' for n in (200, 800)}, 'seg-code': 'sft-code'}
 RULE = """\
 A claim is *reproduced* if the interval excludes 0 and has the paper's sign, *opposite* if it excludes 0
 with the other sign, *not reproduced* if it holds 0 and lies within 2 points of it, else *undecided*. That
@@ -154,6 +153,11 @@ def table(head, rows) -> str:
     return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---'] * len(head), *rows])
 
 
+def baseline(arm: str) -> str:
+    """The arm of questions alone that differs from `arm` in its maps only."""
+    return arm.replace('seg', 'sft') if arm.startswith('seg-') else 'sft'
+
+
 def points(e) -> str:
     """An effect in percentage points with its interval."""
     if e['value'] is None:
@@ -181,7 +185,7 @@ def report(out: Path):
             if None not in values[0]:
                 rows.append([arm, len(by_seed), *(f'{np.mean([x for x in v if x is not None]):.3f}'
                                                   if any(x is not None for x in v) else '-' for v in values),
-                             points(difference(found, arm, BASELINE.get(arm, 'sft'), (first, names[0])))])
+                             points(difference(found, arm, baseline(arm), (first, names[0])))])
         parts.append(f'\n# {title}: mean over seeds, test split\n\n' +
                      table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows))
     seconds = [r['seconds'] for by_seed in found.values() for r in by_seed.values()]

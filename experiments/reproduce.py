@@ -40,7 +40,7 @@ ARMS = {
     **{f'scale-{n}': {'pictures': n} for n in POOLS},
     **{f'{arm}-asked-{n}': {'proxy': proxy, 'questions': n}
        for n in ASKED for arm, proxy in (('sft', 'none'), ('seg', 'seg'))},
-    **{f'{arm}-code': {'proxy': proxy, 'base': 'code'} for arm, proxy in (('sft', 'none'), ('seg', 'seg'))}}
+    **{f'{arm}-code': {'proxy': proxy} for arm, proxy in (('sft', 'none'), ('seg', 'seg'))}}
 PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg', 'shuffled'),
          'quick': ('none', 'sft', 'edge', 'depth', 'seg'),
          'controls': ('none', 'sft', 'seg', 'sft-long', 'shuffled', 'frozen', 'first'),
@@ -59,13 +59,16 @@ class Limited(World):
     """A World in which only the first `pictures` maps or `questions` pictures with questions exist."""
     pictures = questions_ = 0
 
+    @staticmethod
+    def again(split, index, B, limit):
+        """The index of a batch among the first limit / B: a step has three, see train.umm_losses."""
+        return index % (3 * max(1, limit // B)) if limit and split == 'train' else index
+
     def proxies(self, split, index, B, name):
-        n = max(1, self.pictures // B) if self.pictures and split == 'train' else 0
-        return super().proxies(split, index // 3 % n * 3 + 2 if n else index, B, name)
+        return super().proxies(split, self.again(split, index, B, self.pictures), B, name)
 
     def questions(self, split, index, B, Q, **how):
-        n = max(1, self.questions_ // B) if self.questions_ and split == 'train' else 0
-        return super().questions(split, index // 3 % n * 3 if n else index, B, Q, **how)
+        return super().questions(split, self.again(split, index, B, self.questions_), B, Q, **how)
 
 
 # ---- probes: what a linear map can read from frozen features ----
@@ -112,11 +115,11 @@ def probe(umm, tok, world, n=400) -> dict:
                                 for split, m in (('train', n), ('test', n // 2)))
     out = {}
     for task in y:
-        a, b = y[task] >= 0, y_test[task] >= 0
-        out[task] = []
+        X_at, y_at = (X, y[task]) if task == 'control' else (X_test, y_test[task])
+        a, b, out[task] = y[task] >= 0, y_at >= 0, []
+        true = y_at[b]
         for layer in range(len(X)):
-            here, true = (X, y[task][a]) if task == 'control' else (X_test, y_test[task][b])
-            got = ridge(X[layer][a], y[task][a], here[layer][a if task == 'control' else b])
+            got = ridge(X[layer][a], y[task][a], X_at[layer][b])
             out[task].append(np.mean([(got[true == k] == k).float().mean().item() for k in true.unique()]))
             for pair in PAIRS if task == 'shape' else ():
                 kept = [SHAPES.index(s) for s in pair]
@@ -192,19 +195,18 @@ def attention_shares(umm, tok, world, n=128) -> dict:
         umm.hidden(s)
     kinds = [buckets(world.text, prompt) + ['other'] + buckets(world.text, plan)
              for prompt, plan in zip(prompts, plans)]
+    text = [w[:, :, -N:, :s.text.shape[1]].mean((1, 2)) for w in kept]                # [n,T] per layer
     for name in ('object', 'colour', 'position', 'other'):
         m = torch.tensor([[k == name for k in row] + [False] * (s.text.shape[1] - len(row)) for row in kinds],
                          device=world.device)                                         # [n,T]
-        text = [w[:, :, -N:, :s.text.shape[1]].mean((1, 2)) for w in kept]            # [n,T] per layer
         out['draw: ' + name] = [((w * m).sum(1) / w.sum(1)).mean().item() for w in text]
     return out
 
 
 # ---- one arm ----
-def flags_of(a, seed, kind):
-    base = a.out / f'seed{seed}' / kind
-    return ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
-            *STEPS[a.preset], *(['--image_input', 'code'] if kind == 'base-code' else [])], base
+def base_of(arm: str) -> str:
+    """The pre-trained run that an arm starts from; a base's is itself."""
+    return 'base-code' if arm.endswith('-code') else 'base'
 
 
 def prepare(folder: Path, flags: list):
@@ -216,12 +218,12 @@ def prepare(folder: Path, flags: list):
 
 def work(a, seed: int, arm: str):
     """Run one arm (or a base) to its result.json, its output to out.txt."""
-    kind = 'base-code' if arm.endswith('code') else 'base'
-    flags, base = flags_of(a, seed, kind)
-    folder, begin = a.out / f'seed{seed}' / arm, time.time()
+    base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
+    flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
+             *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else [])]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'out.txt', 'a') as out, contextlib.redirect_stdout(out):
-        if arm.startswith('base'):
+        if arm == base:
             run = prepare(folder, flags)
             train.train_tokenizer(run)
             train.pretrain(run)
@@ -231,10 +233,10 @@ def work(a, seed: int, arm: str):
             how = dict(ARMS[arm] or {'proxy': 'none'})
             limits = {k: how.pop(k, 0) for k in ('pictures', 'questions')}
             steps = train.parse(flags).post_steps * how.pop('longer', 1)
-            how.pop('base', None)
             for k, v in how.items():
                 flags += [f'--{k}', str(v)]
-            flags += ['--init', str(base / 'pretrained.safetensors'), '--post_steps', str(round(steps))]
+            flags += ['--init', str(folder.parent / base / 'pretrained.safetensors'),
+                      '--post_steps', str(round(steps))]
             run = prepare(folder, flags)
             run.world = Limited(run.s.size, seed, run.device, run.world.text)
             run.world.pictures, run.world.questions_ = limits['pictures'], limits['questions']
@@ -272,8 +274,7 @@ def execute(a, arms):
             raise UserError(f'{path} is of another --preset or --n: choose another --out, or delete it')
         return path.exists()
 
-    need = {(seed, arm): 'base-code' if arm.endswith('code') else 'base'
-            for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
+    need = {(seed, arm): base_of(arm) for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
     todo = sorted({(seed, base) for (seed, _), base in need.items() if not done(seed, base)})
     total, running, failed, begin = len(need) + len(todo), {}, [], time.time()
     print(f'{total} runs to do, {a.jobs} at a time, under {a.out}')
