@@ -253,8 +253,7 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
 
 def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
-    n, S = max(len(r) for r in rows), rows[0].shape[-1] * scale
-    line = 13
+    n, S, line = max(len(r) for r in rows), rows[0].shape[-1] * scale, 13
     heights = [S + gap + line * max([len(wrap(t, 21)) for t in texts] or [0])
                for texts in [*captions, *[()] * (len(rows) - len(captions))]]
     canvas = Image.new('RGB', (n * (S + gap) + gap, sum(heights) + gap), 'white')

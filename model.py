@@ -256,12 +256,14 @@ class UMM(nn.Module):
             x = self.patch_embed(patches.flatten(2).mT)                               # [B,N,C]
         return x + self.position() + self.source
 
-    def hidden(self, s: Sequence, kvs: list[KV] | None = None):
-        """-> last hidden states at text and codes, [B, T (+ N), C]; kvs: where keys and values go."""
+    def hidden(self, s: Sequence, kvs: list[KV] | None = None, hide=0.):
+        """-> last hidden states at text and codes, [B, T (+ N), C]; kvs: where keys and values go; hide:
+        share of the rows, the first ones, that do not see their own earlier codes."""
         N = self.c.grid ** 2
         x, turn = self.text_embed(s.text), s.turn
         if s.codes is not None:      # shifted by one: the input at n is code n - 1 and the position of n
             shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)           # [B,N]
+            shifted[:round(hide * len(shifted))] = self.c.codebook
             x = torch.cat([x, self.code_embed(shifted) + self.position()], 1)         # [B,T+N,C]
             turn = F.pad(turn, (0, N), value=1)                                       # [B,T+N]
         see = (turn[:, :, None] == turn[:, None, :]).tril()  # [B,T,T] earlier tokens of the same turn
@@ -279,9 +281,9 @@ class UMM(nn.Module):
             x = block(x, rope, mask, kv)
         return F.rms_norm(x, x.shape[-1:])
 
-    def forward(self, s: Sequence):
+    def forward(self, s: Sequence, hide=0.):
         """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None without a target."""
-        x, text, pixel = self.hidden(s), None, None
+        x, text, pixel = self.hidden(s, hide=hide), None, None
         if s.target is not None and (keep := s.target >= 0).any():
             text = F.cross_entropy(self.text_head(x[:, :s.text.shape[1]][keep]).float(), s.target[keep])
         if s.codes is not None:
@@ -311,7 +313,7 @@ class UMM(nn.Module):
         mask = torch.where(see, 0., -1e4)[:, None, None]                              # [B,1,1,keys]
         start = self.c.grid + (s.turn == 1).sum(1)[:, None, None]                     # [B,1,1]
         token = torch.full((B,), self.c.codebook if draw else first, device=s.text.device)
-        tokens, done = [], torch.zeros(B, dtype=torch.bool, device=s.text.device)
+        tokens, done = [], torch.zeros_like(token, dtype=torch.bool)
         for i in range(length):
             x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)  # [B,C]
             x = x.repeat(1 + guided, 1)[:, None]                                      # [B,1,C]
@@ -325,8 +327,7 @@ class UMM(nn.Module):
                 logits = u + cfg * (c - u)
             token = pick(logits, temperature, top_k, generator)                       # [B]
             tokens.append(token)
-            done |= token == stop
-            if done.all():
+            if (done := done | (token == stop)).all():
                 break
         return torch.stack(tokens, 1)                                                 # [B,n]
 
@@ -377,8 +378,7 @@ def load(path, device='cpu'):
         with safe_open(path, 'pt') as f:
             meta = json.loads(f.metadata()['nanoumm'])
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}   # not mapped
-        c = Config(**meta['config'])
-        text = Text([bytes.fromhex(t) for t in meta['text']])
+        c, text = Config(**meta['config']), Text([bytes.fromhex(t) for t in meta['text']])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(f'{path} is not a whole nanoUMM checkpoint ({type(e).__name__}: {str(e)[:80]}); '
                         'train again or copy it anew')

@@ -75,6 +75,7 @@ class Settings:
     pre_w_text: float = opt(.1, 'the same in the pretrain stage, where it slows drawing')
     w_draw: float = opt(.4, 'weight of the mean loss of drawings, post-training; of plans: 1')
     w_proxy: float = opt(.6, 'weight of the mean loss of proxy maps')
+    hide: float = opt(.75, 'share of the maps written without sight of their earlier codes')
     drop: float = opt(.1, 'share of empty prompts, for classifier-free guidance')
     cfg: float = opt(2., 'guidance scale in the evaluation')
     eval_n: int = opt(512, 'pictures in the evaluation')
@@ -192,8 +193,7 @@ class Run:
             for j, state in o.state_dict()['state'].items():
                 tensors |= {f'optimizer.{i}.{j}.{k}': t for k, t in state.items()}
         meta = {'config': vars(self.umm.c), 'text': [t.hex() for t in self.world.text.vocab],
-                'settings': vars(self.s), 'stage': stage, 'step': step,
-                'lines': len(self.lines)}
+                'settings': vars(self.s), 'stage': stage, 'step': step, 'lines': len(self.lines)}
         save(self.dir / name, tensors, meta)
 
     def restore(self, opts):
@@ -300,7 +300,9 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
         target = target.roll(1, 0) if s.control == 'shuffled' else target
         seq.image, seq.codes = umm.inputs(tok, seq.image), tok.encode(target)
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
-        out[s.proxy] = forward(seq)[1]
+        # A map's earlier codes tell a later one its class: the picture is needed for the first code of an
+        # object only. Hidden, for all (Bowman et al. 2016, section 3.1, historyless decoding).
+        out[s.proxy] = forward(seq, s.hide)[1]
         umm.blocks.requires_grad_(True)
         loss = loss + s.w_proxy * out[s.proxy]
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
@@ -353,9 +355,8 @@ def parse(argv=None) -> Settings:
 
 def check(s: Settings):
     """Name impossible settings before anything is written."""
-    zero = lambda k: any(x in k for x in 'seed threads _draw ratio drop w_ warmup cooldown cfg'.split())
-    rules = [(k, 0 <= v < 2**62 and (v > 0 or zero(k)), ('0 or more' if zero(k) else 'more than 0') +
-              ', finite')
+    zero = lambda k: any(x in k for x in 'seed threads _draw ratio drop hide w_ warm cool cfg'.split())
+    rules = [(k, 0 <= v < 2**62 and (v > 0 or zero(k)), f"{'' if zero(k) else 'more than '}0 to 2^62")
              for k, v in vars(s).items() if type(v) in (int, float)]
     rules += [(k, getattr(s, k) in allowed.split(), f'one of {allowed}') for k, allowed in (
         ('quantizer', 'vq fsq'), ('image_input', 'patch code'), ('dtype', 'auto float32 bfloat16'),
@@ -365,7 +366,7 @@ def check(s: Settings):
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
               ('ratio', s.proxy == 'none' or round(s.ratio * s.post_ask) > 1, '2 maps a step or more'),
               ('tok_batch', s.tok_batch >= 8, 'at least 8'), ('eval_n', s.eval_n >= 16, 'at least 16'),
-              ('drop', s.drop <= 1, 'a share, 0 to 1'),
+              *((k, getattr(s, k) <= 1, 'a share, 0 to 1') for k in ('drop', 'hide')),
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r}: it must be {rule}')

@@ -84,6 +84,16 @@ def test_a_code_is_predicted_without_seeing_it(umm):
     assert torch.equal(a[:, :6], b[:, :6])
 
 
+def test_hidden_rows_do_not_see_their_codes(umm):
+    s = sequence(umm)
+    x, plain = umm.hidden(s, hide=0.6), umm.hidden(s)
+    codes = (s.codes + 5) % 32
+    y = umm.hidden(Sequence(s.text, s.turn, image=s.image, codes=codes), hide=0.6)
+    assert torch.equal(x[:2], y[:2])  # 0.6 of 3 rows, rounded: the first two
+    assert torch.equal(x[2], plain[2]) and not torch.allclose(x[2, -15:], y[2, -15:])
+    assert umm(s, hide=0.6)[1] != umm(s)[1]
+
+
 def test_turns_do_not_see_each_other_and_all_see_the_picture(umm):
     s = sequence(umm, codes=False, pad=False)
     s.turn[:, 4:] = 2
