@@ -300,8 +300,8 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
         target = target.roll(1, 0) if s.control == 'shuffled' else target
         seq.image, seq.codes = umm.inputs(tok, seq.image), tok.encode(target)
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
-        # A map's earlier codes tell a later one its class: the picture is needed for the first code of an
-        # object only. Hidden, for all (Bowman et al. 2016, section 3.1, historyless decoding).
+        # A map's earlier codes tell a later one its class: only the first code of an object needs the
+        # picture. Hidden, all of them do (Bowman et al. 2016, section 3.1, historyless decoding).
         out[s.proxy] = forward(seq, s.hide)[1]
         umm.blocks.requires_grad_(True)
         loss = loss + s.w_proxy * out[s.proxy]
