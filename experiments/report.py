@@ -9,9 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import eval as evaluation
+import model
 from data import UserError
 
 MARGIN = .02                     # differences below 2 points are called none
@@ -48,6 +50,14 @@ CLAIMS = {
     'a ratio of 2:1 beats 1:1': ('seg', 'ratio-1', UNDERSTANDING, '+0.8 / +1.0'),
     'a ratio of 2:1 beats 3:1': ('seg', 'ratio-3', UNDERSTANDING, '+0.7 / +0.5'),
     'more maps help: endless against 100': ('seg', 'scale-100', UNDERSTANDING, '+0.8 / +0.6')}
+# panel of sweeps.png: {label on the x axis: arm}; each arm is compared with its baseline()
+SWEEPS = {
+    'maps for each picture with questions': {'0': 'sft', '0.5': 'ratio-0.5', '1': 'ratio-1', '1.5': 'ratio-1.5',
+                                             '2': 'seg', '2.5': 'ratio-2.5', '3': 'ratio-3'},
+    'distinct pictures with maps': {'0': 'sft', '100': 'scale-100', '400': 'scale-400', '1600': 'scale-1600',
+                                    'endless': 'seg'},
+    'distinct pictures with questions': {'200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
+    'input pictures': {'patches': 'seg', 'codes': 'seg-code'}}
 
 
 @lru_cache
@@ -200,7 +210,9 @@ def report(out: Path):
         matplotlib.use('Agg')
         if any(arm in INK for arm in found):
             figures(out, found)
+            sweeps(out, found)
     targets(out)
+    samples(out, found)
     print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json, figures')
 
 
@@ -213,6 +225,55 @@ def targets(out: Path, n=6):
         rows += [r.image] * (not rows) + [s.image if spoilt else target]
         names += ['picture'] * (not names) + [f"{name}: input" if spoilt else name]
     evaluation.grid(rows, [[name] for name in names], scale=2).save(out / 'targets.png')
+
+
+@torch.no_grad()
+def samples(out: Path, found, n=8):
+    """samples.png: for each arm of the first seed, the map it was taught, of the same test pictures, and its
+    drawings of the same prompts."""
+    rows, names = [], []
+    for arm in [a for a in INK if a in found]:
+        seed = min(found[arm])
+        path = out / f'seed{seed}' / arm / 'state.safetensors'
+        tok, umm, text, _, meta = model.load(path if path.exists() else path.parents[1] /
+                                             'base/pretrained.safetensors')
+        world = data.World(umm.c.size, 0, 'cpu', text)
+        proxy = meta['settings']['proxy'] if path.exists() else 'none'
+        wanted = [evaluation.prompts(world, c, 1, 'test')[0][0] for c in evaluation.CATEGORIES]
+        s, _, r = world.proxies('test', 2**21, n, proxy if proxy != 'none' else 'seg')
+        if not rows:
+            rows, names = [r.image], [['test pictures']]
+        if proxy != 'none':
+            s.image = umm.inputs(tok, s.image)
+            rows.append(tok.decode(umm.generate(s, temperature=0)))
+            names.append([f'{arm}: its map'])
+        codes, _ = model.draw(umm, text, wanted, torch.Generator().manual_seed(0), cfg=2.)
+        rows.append(tok.decode(codes))
+        names.append([f'{arm}: "{w}"' for w in wanted])
+    evaluation.grid(rows, names, scale=3).save(out / 'samples.png')
+
+
+def sweeps(out: Path, found):
+    """sweeps.png: understanding above questions alone against what each sweep varies."""
+    import matplotlib.pyplot as plt
+    known = found.keys() - {'sft', 'seg'}
+    panels = {title: arms for title, arms in SWEEPS.items() if known & set(arms.values())}
+    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.4 * max(1, len(panels)), 2.8), sharey=True,
+                             squeeze=False)
+    for ax, (title, arms) in zip(axes[0], panels.items()):
+        es = [(x, difference(found, arm, baseline(arm), UNDERSTANDING)) for x, arm in arms.items()]
+        es = [(x, e) for x, e in es if e['n']]
+        y = np.array([100 * e['value'] for _, e in es])
+        h = np.array([100 * (e['value'] - e['low']) if e['low'] is not None else 0 for _, e in es])
+        ax.errorbar(range(len(es)), y, h, fmt='s-', color=INK['seg'], ms=4, lw=1, capsize=2)
+        ax.axhline(0, color='black', lw=.7)
+        ax.set_xticks(range(len(es)), [f"{x}\nn={e['n']}" for x, e in es])
+        ax.set_xlabel(title)
+    axes[0, 0].set_ylabel('points above questions alone')
+    fig.suptitle('Segmentation, understanding, test split; 95% t intervals, n = seeds', x=.1, ha='left')
+    if panels:
+        fig.savefig(out / 'sweeps.png')
+    plt.close(fig)
 
 
 def figures(out: Path, found):

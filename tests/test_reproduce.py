@@ -209,6 +209,15 @@ def test_a_killed_arm_resumes_to_the_same_scores(arms, tmp_path):
     assert want['scores'] == got['scores'] and want['log'] == got['log']
 
 
+def test_sweeps_name_real_arms_and_are_drawn(tmp_path):
+    pytest.importorskip('matplotlib').use('Agg')
+    arms = {arm for panel in report.SWEEPS.values() for arm in panel.values()}
+    assert arms <= reproduce.ARMS.keys() and {report.baseline(arm) for arm in arms} <= reproduce.ARMS.keys()
+    at = lambda x: {'scores': {'understanding': {'mean': {'value': x}}}}
+    report.sweeps(tmp_path, {'sft': {0: at(0.5), 1: at(0.6)}, 'seg': {0: at(0.7), 1: at(0.7)}, 'ratio-1': {1: at(0.6)}})
+    assert (tmp_path / 'sweeps.png').stat().st_size > 1000
+
+
 def test_limited_worlds_repeat_their_first_pictures():
     world = reproduce.Limited(16)
     world.pictures, world.questions_ = 8, 4
