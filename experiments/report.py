@@ -228,7 +228,7 @@ def targets(out: Path, n=6):
 
 
 @torch.no_grad()
-def samples(out: Path, found, n=8):
+def samples(out: Path, found, n=6):
     """samples.png: for each arm of the first seed, the map it was taught, of the same test pictures, and its
     drawings of the same prompts."""
     rows, names = [], []
