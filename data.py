@@ -42,18 +42,21 @@ class UserError(Exception):
 
 
 def guard(main):
-    """Run a command line; a UserError becomes one line on stderr and exit status 2."""
+    """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
     try:
         main()
-    except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
+    except (UserError, OSError) as e:
+        print('error:', e, *['(make room or another --out)'] * isinstance(e, OSError), file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
+        raise
 
 
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
     """A random source; of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
-    key = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
-    return torch.Generator(device).manual_seed(key)
+    bits = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
+    return torch.Generator(device).manual_seed(bits)
 
 
 # ---- scenes and their renderings ----
@@ -138,9 +141,8 @@ def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
 
 def objects(s: Scenes) -> list[list[Object]]:
     """The scenes as lists of Object in reading order."""
-    names, rows = list(COLOURS), zip(*(t.tolist() for t in s))
-    return [[Object(SHAPES[shape[k]], names[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
-            for n, shape, colour, cell, xy, z, _ in rows]
+    return [[Object(SHAPES[shape[k]], list(COLOURS)[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
+            for n, shape, colour, cell, xy, z, _ in zip(*(t.tolist() for t in s))]
 
 
 # ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
@@ -176,23 +178,21 @@ PROXIES = MAPS | dict.fromkeys(('recon', *SPOIL), lambda r: r.image)
 # ---- text; objects are listed in reading order: one right order leaves less to guess per word ----
 STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 3, 'count': 4}      # captions: how often
 WORDS = {
-    'draw': ('{}', 'draw {}', 'a picture of {}'),
-    'list': ('describe the picture.', 'what do you see?'),
+    'draw': ('{}', 'draw {}', 'a picture of {}'), 'list': ('describe the picture.', 'what do you see?'),
     'place': ('describe the picture with places.', 'what is where?'),
     'seg': ('segment the picture.', 'color every object by its class.', 'show the segmentation map.'),
     'instance': ('segment every object.', 'color every object.', 'show every object.'),
     'depth map': ('estimate the depth.', 'color every object by its distance.', 'show the depth map.'),
     'edge': ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
     'recon': ('copy the picture.', 'draw every object again.', 'show the same picture.'),
-    'count': ('how many {} are there?', 'count the {}.'),
-    'exist': ('is there a {}?', 'do you see a {}?'),
+    'exist': ('is there a {}?', 'do you see a {}?'), 'sum': ('what is {} plus {}?', 'add {} and {}.'),
     'colour': ('what color is the {}?', 'name the color of the {}.'),
     'shape': ('what shape is the {} object?', 'name the {} shape.'),
     'relation': ('where is the {} relative to the {}?', 'on which side is the {} of the {}?'),
     'depth': ('which is closer, the {} or the {}?', 'what is nearer to you, the {} or the {}?'),
     'distance': ('which is nearest to the {}, the {} or the {}?',
                  'what is next to the {}, the {} or the {}?'),
-    'where': ('where is the {}?', 'find the {}.'), 'sum': ('what is {} plus {}?', 'add {} and {}.'),
+    'where': ('where is the {}?', 'find the {}.'), 'count': ('how many {} are there?', 'count the {}.'),
     'what': ('what is at the {}?', 'name the object at the {}.'),
     'size': ('is the {} small or large?', 'how large is the {}?'),
     'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
@@ -277,25 +277,25 @@ class Questions:
 
 
 # ---- text tokens and sequences ----
-PATTERN = r' ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+'
-
-
 class Text:
     """Text <-> token ids, byte-level BPE. No string encodes to the specials `answer` and `end`."""
 
     def __init__(self, vocab: list[bytes]):
         self.vocab = list(vocab)
+        if vocab[:256] != [bytes([b]) for b in range(256)] or len(set(vocab)) < len(vocab):
+            raise ValueError('a vocabulary starts with all bytes and names no token twice')
         self.answer, self.end, self.size = len(vocab), len(vocab) + 1, len(vocab) + 2
-        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PATTERN, special_tokens={},
-                                     mergeable_ranks={token: i for i, token in enumerate(vocab)})
+        self.bpe = tiktoken.Encoding('nanoumm', pat_str=r' ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+',
+                                     mergeable_ranks={token: i for i, token in enumerate(vocab)},
+                                     special_tokens={})
         self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(' ' + ' '.join(text.lower().split())) if text.strip() else []
 
     def decode(self, ids) -> str:
-        ids = takewhile(lambda i: i != self.end, ids)            # what follows the end says nothing
-        return self.bpe.decode([i for i in ids if i < self.answer]).strip()
+        said = takewhile(lambda i: i != self.end, ids)           # what follows the end says nothing
+        return self.bpe.decode([i for i in said if i < self.answer]).strip()
 
     @staticmethod
     def from_corpus(texts, size=512):

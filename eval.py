@@ -321,11 +321,8 @@ def table(scores: dict) -> str:
 def report(scores: dict, path: Path):
     """Print the table and write it, with all digits, to `path`."""
     print(table(scores))
-    try:
-        Path(f'{path}.part').write_text(json.dumps(scores, indent=1) + '\n')
-        os.replace(f'{path}.part', path)
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}): make room, then python eval.py')
+    Path(f'{path}.part').write_text(json.dumps(scores, indent=1) + '\n')
+    os.replace(f'{path}.part', path)
 
 
 def choose_device(device='auto', dtype='auto', threads=0):

@@ -333,8 +333,8 @@ class UMM(nn.Module):
 
 
 def pick(logits, temperature: float, top_k: int, generator=None):
-    """Sample one token per row of logits [B, K]; temperature 0: the likeliest; top_k 0: among all."""
-    if temperature == 0:
+    """Sample one token per row of logits [B, K]; temperature 0 (< 1e-4): the likeliest; top_k 0: all."""
+    if temperature < 1e-4:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -383,14 +383,14 @@ def load(path, device='cpu'):
         raise UserError(f'{path} is not a whole nanoUMM checkpoint ({type(e).__name__}: {str(e)[:80]}); '
                         'train again or copy it anew')
     sane = all(type(v) is type(vars(Config())[k]) and (type(v) is str or 0 < v <= 2**18)
-               for k, v in vars(c).items()) and c.n_layer <= 512
+               for k, v in vars(c).items()) and max(c.n_layer, c.vq_depth) <= 512
     if not sane or c.vocab != text.size or c.size % c.patch or c.n_embd % (4 * c.n_head):
         raise UserError(f'{path} has an impossible config: {vars(c)}; train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
-        want = {f'{n}.{k}': t.shape for n, m in (('tokenizer', VQTokenizer(c)), ('umm', UMM(c)))
+        want = {f'{n}.{k}': t for n, m in (('tokenizer', VQTokenizer(c)), ('umm', UMM(c)))
                 for k, t in m.state_dict().items()}
-    bad = [k for k, shape in want.items() if k not in tensors or tensors[k].shape != shape
-           or not tensors[k].isfinite().all()]
+    bad = [k for k, t in want.items() if k not in tensors or tensors[k].shape != t.shape
+           or tensors[k].dtype != t.dtype or not tensors[k].isfinite().all()]
     if bad:
         raise UserError(f'{path}: tensor {bad[0]} is missing, misshapen or not finite; train again')
     tok, umm = VQTokenizer(c), UMM(c)

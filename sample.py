@@ -32,7 +32,7 @@ TASKS = {'draw': ('draw pictures of a text', ''), 'ask': ('answer a question abo
 def read_image(path, size: int):
     """A picture file of any size and mode -> [1, 3, size, size] in [0, 1]."""
     try:
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)      # MAX_PIXELS is stricter
+        warnings.simplefilter('ignore')        # of PIL, about damaged parts; MAX_PIXELS is stricter
         with Image.open(path) as im:
             if im.width * im.height > MAX_PIXELS:
                 raise UserError(f'{path} has {im.width} x {im.height} pixels, {MAX_PIXELS:,} at most: '

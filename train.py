@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -162,11 +163,8 @@ class Run:
             for k, v in vars(self.umm.c).items():
                 if getattr(s, k, v) != v:
                     raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
-        except OSError as e:
-            raise UserError(f'cannot write to the run folder {s.out} ({e.strerror}): try another --out')
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
         self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
         self.logfile.truncate()
@@ -179,6 +177,7 @@ class Run:
             torch.manual_seed(s.seed)
             self.tok, self.umm = VQTokenizer(c).to(device), UMM(c).to(device)
         self.tok.to(memory_format=torch.channels_last)
+        self.guess = math.log(max(self.umm.c.vocab, self.umm.c.codebook))     # loss of a uniform guess
 
     def log(self, **line):
         self.lines.append(json.dumps(line) + '\n')
@@ -197,8 +196,7 @@ class Run:
         save(self.dir / name, tensors, meta)
 
     def restore(self, opts):
-        """Put the saved state back into the optimizers, in the memory layout of their parameters, which
-        fused AdamW takes for granted."""
+        """Put the saved state back, in the memory layout of the parameters: fused AdamW counts on it."""
         for key, t in self.saved.items():
             if key.startswith('optimizer.'):
                 i, j, k = key.split('.')[1:]
@@ -228,9 +226,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         losses['loss'].backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
-            values = ', '.join(f'{k} {v.item():.3g}' for k, v in losses.items())
-            raise UserError(f'{stage} step {step}: the gradient is not finite ({values}); lower the '
-                            f'learning rates. The last good checkpoint is in {s.out}')
+            raise UserError(f'{stage} step {step}: the gradient is not finite: lower a learning rate; '
+                            f'{ {k: v.item() for k, v in losses.items()} }. Last good state: in {s.out}')
         for o in opts:
             o.step()
         model.zero_grad()
@@ -239,12 +236,16 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             line = {k: round(v.item(), 4) for k, v in losses.items()}
             bar.set_postfix(line, refresh=False)
             run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=time.time() - begin)
+            if wild := [k for k, v in losses.items() if k != 'loss' and rise > 1 and v > run.guess]:
+                tqdm.write(f'warning: {stage} {done}: {wild} worse than a guess, {run.guess:.2f} nats')
         if done % s.sample_every == 0 or done == steps:
             model.eval()
             figures, picture = sample(run)
             v = {k: round(f if isinstance(f, float) else f['value'] or 0, 3) for k, f in figures.items()}
             run.log(stage=stage, step=done, val=v)
             tqdm.write(f'{stage} {done}: ' + ', '.join(f'{k} {x:.4g}' for k, x in v.items()))
+            if v.get('used', 1) < .5:
+                tqdm.write('warning: the codebook has collapsed: less than half of its codes are used')
             picture.save(run.dir / f'{stage}.png')
             model.train()
         if done < steps and (done % s.save_every == 0 or run.stop):
@@ -364,19 +365,19 @@ def check(s: Settings):
     rules += [('size', 16 <= s.size <= 512 and s.size % Config.patch == 0, '16 to 512, a multiple of 4'),
               ('n_embd', s.n_embd % (4 * s.n_head or 1) == 0, f'a multiple of {4 * s.n_head}'),
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
-              ('ratio', s.proxy == 'none' or round(s.ratio * s.post_ask) > 1, '2 maps a step or more'),
+              ('ratio', s.proxy == 'none' or s.ratio * s.post_ask >= 1.5, '2 maps a step or more'),
               ('tok_batch', s.tok_batch >= 8, 'at least 8'), ('eval_n', s.eval_n >= 16, 'at least 16'),
               *((k, getattr(s, k) <= 1, 'a share, 0 to 1') for k in ('drop', 'hide')),
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
-        raise UserError(f'--{name} is {getattr(s, name)!r}: it must be {rule}')
+        raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
 
 
 def main(argv=None):
     begin, s = time.time(), parse(argv)
     run = Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
-    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M'.format(*size))
+    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a guess: {:.2f} nats'.format(*size, run.guess))
     with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; a second kills
         signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),
                                                  signal.signal(signal.SIGINT, signal.SIG_DFL)))

@@ -15,6 +15,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -218,6 +219,8 @@ def prepare(folder: Path, flags: list):
 
 def work(a, seed: int, arm: str):
     """Run one arm (or a base) to its result.json, its output to out.txt."""
+    if boss := multiprocessing.parent_process():           # a worker must not outlive a plan that is killed
+        threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
     base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
     flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
              *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else [])]

@@ -3,10 +3,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # two threads on a busy machine are several times slower than one
+
+
+def pytest_addoption(parser):
+    parser.addoption('--fuzz', type=int, default=1, help='test_fuzz.py: times as many random inputs')
+    parser.addoption('--kills', type=int, default=1, help='test_kill.py: how often a run is killed')
+
+
+def pytest_configure(config):
+    global times
+    times = config.getoption('--fuzz')
+
+
+def fuzz(n, *strategies):
+    """Run a test on n random inputs, or on n * K with --fuzz K; the same ones every time."""
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    how = settings(max_examples=n * times, deadline=None, derandomize=True, database=None,
+                   suppress_health_check=quiet)  # fmt: skip
+    return lambda test: how(given(*strategies)(test))
 
 
 @pytest.fixture(scope='session')

@@ -276,10 +276,18 @@ def test_resume_without_a_run(tmp_path):
         train.main([*TEST, '--out', str(tmp_path / 'none'), '--resume'])
 
 
-def test_unwritable_run_folder(tmp_path):
+def test_unwritable_run_folder(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot write'):
-        train.main([*TEST, '--out', str(tmp_path / 'file' / 'run')])
+    with pytest.raises(SystemExit) as e:
+        data.guard(lambda: train.main([*TEST, '--out', str(tmp_path / 'file' / 'run')]))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and 'file/run' in err and '--out' in err
+
+
+def test_a_bug_says_that_it_is_one(capsys):
+    with pytest.raises(ZeroDivisionError):
+        data.guard(lambda: 1 / 0)
+    assert 'bug in nanoUMM' in capsys.readouterr().err
 
 
 def test_nan_stops_at_once_with_the_step(tmp_path):
@@ -297,6 +305,14 @@ def test_nan_stops_at_once_with_the_step(tmp_path):
                 '1e18',
             ]
         )
+
+
+def test_a_loss_above_a_guess_and_a_collapsed_codebook_warn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.evaluation, 'evaluate', lambda *a, **k: {})
+    monkeypatch.setattr(train.evaluation, 'report', lambda *a, **k: None)
+    train.main([*TEST, '--out', str(tmp_path / 'run'), '--lr', '1', '--muon_lr', '1', '--clip', '1e6'])
+    said = capsys.readouterr().out
+    assert 'worse than a guess' in said and 'a guess: 6.24 nats' in said
 
 
 def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
