@@ -161,6 +161,22 @@ def test_bad_pictures(tmp_path, folder):
         sample.read_image(tmp_path, 16)
 
 
+def test_pictures_cut_at_every_byte_of_the_header_animated_and_long(tmp_path):
+    frames = [Image.new('RGB', (30, 20), c) for c in ('red', 'blue')]
+    for name in ('x.png', 'x.jpg', 'x.gif', 'x.webp'):
+        path = tmp_path / name
+        frames[0].save(path, save_all=name.endswith(('gif', 'webp')), append_images=frames[1:])
+        assert sample.read_image(path, 16)[0, 0].min() > 0.9  # of an animation, the first picture
+        good = path.read_bytes()
+        for n in range(25):
+            path.write_bytes(good[:n])
+            with pytest.raises(UserError, match=name):
+                sample.read_image(path, 16)
+    for size in ((20_000, 1), (1, 20_000)):
+        Image.new('RGB', size).save(tmp_path / 'long.png')
+        assert sample.read_image(tmp_path / 'long.png', 16).shape == (1, 3, 16, 16)
+
+
 @pytest.mark.parametrize(
     'args,named',
     [

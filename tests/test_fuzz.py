@@ -204,6 +204,23 @@ def test_any_way_of_sampling_gives_codes(run_dir, seed, temperature, top_k, cfg)
     assert codes.shape == (1, umm.c.grid**2) and 0 <= codes.min() and codes.max() < umm.c.codebook
 
 
+@fuzz(10, st.integers(1, 4), st.integers(1, 20), st.integers(0, 19), st.booleans(), st.integers(0, 99))
+def test_cached_and_uncached_logits_agree_to_1e_5(run_dir, B, T, padding, picture, seed):
+    _, umm, _, _, _ = loaded_once(run_dir)
+    g = torch.Generator().manual_seed(seed)
+    turn = torch.ones(B, T, dtype=torch.long)
+    turn[0, max(1, T - padding) :] = -1
+    image = torch.rand(B, 3, 16, 16, generator=g) if picture else None
+    s = data.Sequence(torch.randint(umm.c.vocab, (B, T), generator=g), turn, image=image)
+    seen, pick = [], model.pick
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(model, 'pick', lambda x, *a: (seen.append(x), pick(x, *a))[1])
+        s.codes = umm.generate(s, temperature=1.0, generator=g)
+    with torch.no_grad():
+        want = umm.pixel_head(umm.hidden(s)[:, -(umm.c.grid**2) :])
+    assert (torch.stack(seen, 1) - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+
+
 @lru_cache
 def loaded_once(run_dir):
     return model.load(run_dir / 'model.safetensors')

@@ -201,6 +201,67 @@ def test_loss_against_naive_cross_entropy(umm):
     assert pixel.item() == pytest.approx(want.item(), abs=1e-5)
 
 
+def test_a_block_against_naive_code(umm):
+    """RMSNorm, query-key norm, 2-D rotary positions, attention, squared ReLU, written out position by position."""
+    block, C, H = umm.blocks[1].double(), 32, 2
+    x, at = torch.randn(1, 5, C, dtype=torch.double), torch.randint(20, (1, 5, 2))
+    mask = torch.full((5, 5), -1e4, dtype=torch.double).triu(1)[None, None]
+    got = block(x, [t.double() for t in umm.rope(at)], mask, model.KV())
+    norm = lambda v: v / (v.square().mean() + torch.finfo(v.dtype).eps) ** 0.5
+
+    def turned(v, row, col):  # D = 16: pairs (i, i + 8); the first 4 turn by row, the others by column
+        out = v.clone()
+        for i in range(8):
+            angle = (row if i < 4 else col) / 100 ** (2 * (i % 4) / 8)
+            out[i] = v[i] * math.cos(angle) - v[i + 8] * math.sin(angle)
+            out[i + 8] = v[i] * math.sin(angle) + v[i + 8] * math.cos(angle)
+        return out
+
+    heads = []
+    for i in range(5):
+        q, k, v = (block.qkv.weight @ norm(x[0, i])).view(3, H, C // H)
+        place = at[0, i].tolist()
+        heads.append([[turned(norm(q[h]), *place), turned(norm(k[h]), *place), v[h]] for h in range(H)])
+    for i in range(5):
+        y = []
+        for h in range(H):
+            scores = torch.stack([heads[i][h][0] @ heads[j][h][1] / 4 for j in range(i + 1)])
+            y.append(sum(w * heads[j][h][2] for j, w in enumerate(scores.softmax(0))))
+        z = x[0, i] + block.proj.weight @ torch.cat(y)
+        z = z + block.down.weight @ (block.up.weight @ norm(z)).clamp(min=0) ** 2
+        assert torch.allclose(got[0, i], z, atol=1e-5), i
+    block.float()
+
+
+def test_gradients_against_finite_differences(umm, monkeypatch):
+    m = UMM(umm.c).double()
+    m.load_state_dict(umm.state_dict())
+    for p in m.parameters():
+        p.data *= 0.5  # keeps the third derivative small
+    monkeypatch.setattr(torch.Tensor, 'float', lambda x: x)  # the losses are taken in float32 otherwise
+    s = sequence(m, B=2)
+    s.image = s.image if m.c.image_input == 'code' else s.image.double()
+    s.target = torch.full_like(s.text, -1)
+    s.target[0, 1], s.target[1, 3] = 7, 9
+    loss = lambda: sum(m(s, hide=0.5))
+    loss().backward()
+    g, checked = torch.Generator().manual_seed(0), 0
+    for name, p in m.named_parameters():
+        if p.grad is None:
+            continue
+        direction = torch.randn(p.shape, generator=g, dtype=torch.double)
+        want, eps = (p.grad * direction).sum().item(), 1e-6
+        with torch.no_grad():
+            p += eps * direction
+            up = loss().item()
+            p -= 2 * eps * direction
+            down = loss().item()
+            p += eps * direction
+        assert (up - down) / 2 / eps == pytest.approx(want, rel=1e-5, abs=1e-7), name
+        checked += 1
+    assert checked >= 14
+
+
 # --- tokenizer
 
 
