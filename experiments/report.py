@@ -1,10 +1,13 @@
 """Statistics, verdicts and figures of experiments.reproduce: result.json files -> report.md, claims.json, PNG.
 
+    python -m experiments.report out/cpu        losses.png of a run of train.py: "is my loss normal?"
+
 Differences are paired by seed, intervals are Student's t, 95%; RULE says what a verdict means. The paper's
 "questions alone hurt generation" is not among the claims: here every arm replays drawings, so the untouched
 base is no fair baseline for generation.
 """
 import json
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -276,6 +279,40 @@ def sweeps(out: Path, found):
     plt.close(fig)
 
 
+@torch.no_grad()
+def losses(run: Path):
+    """losses.png: each loss of a run by step; a uniform guess (ln V, ln K) and the entropy of the unigram
+    frequencies, what a model that ignores all context could reach, beside it."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    tok, umm, text, _, meta = model.load(run / 'model.safetensors')
+    world, proxy, s = data.World(umm.c.size, 0, 'cpu', text), meta['settings']['proxy'], meta['settings']
+    entropy = lambda ids: torch.special.entr(ids.bincount() / ids.numel()).sum().item()
+    asked, drawn = world.questions('val', 0, 128, s['questions'])[0], world.drawings('val', 1, 128)
+    shown = {'text': (umm.c.vocab, asked.target), 'plan': (umm.c.vocab, drawn[0].target),
+             'draw': (umm.c.codebook, tok.encode(drawn[1]))}
+    if proxy != 'none':
+        shown[proxy] = (umm.c.codebook, tok.encode(world.proxies('val', 2, 128, proxy)[1]))
+    lines = [json.loads(x) for x in (run / 'log.jsonl').read_text().splitlines()]
+    fig, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.6), sharey=True)
+    for ax, (name, (size, ids)) in zip(axes, shown.items()):
+        step = lambda x: (x['stage'] == 'posttrain') * s['pre_steps'] + x['step']
+        points = [(step(x), x[name]) for x in lines if name in x]
+        ax.plot(*zip(*points), color=INK['seg'], lw=1)
+        ax.axhline(np.log(size), color='black', lw=.8, ls='--', label=f'uniform guess: {np.log(size):.2f}')
+        frequent = entropy(ids[ids >= 0])
+        ax.axhline(frequent, color='black', lw=.8, ls=':', label=f'unigram entropy: {frequent:.2f}')
+        ax.axvline(s['pre_steps'], color='#999999', lw=.6)
+        ax.set_title(name, loc='left')
+        ax.set_xlabel('step (line: posttrain begins)')
+        ax.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel('loss, nats')
+    fig.savefig(run / 'losses.png', bbox_inches='tight', dpi=130)
+    plt.close(fig)
+    print(f'wrote {run}/losses.png')
+
+
 def figures(out: Path, found):
     """gains.png, generation.png, convergence.png, probe.png, attention.png, projection.png."""
     import matplotlib.pyplot as plt
@@ -351,3 +388,7 @@ def figures(out: Path, found):
     kinds = ('picture', 'asked object', 'draw: position')
     curves('attention.png', {k: by_layer('attention', k) for k in kinds},
            'share of attention', 'layer')
+
+
+if __name__ == '__main__':
+    data.guard(lambda: losses(Path(sys.argv[1] if len(sys.argv) > 1 else 'out/cpu')))
