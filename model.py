@@ -32,7 +32,6 @@ class Config:
     n_head: int = 3
     n_embd: int = 96             # C
     image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
-
     grid = property(lambda self: self.size // self.patch)      # G
 
 
@@ -58,8 +57,8 @@ class VectorQuantizer(nn.Module):
         e = self.codebook[codes]                                                      # [B, G, G, dim]
         if self.training:
             self.update(z.detach().flatten(0, 2), codes.flatten())                    # [B*G*G, dim]
-        commitment = F.mse_loss(z, e)       # moves the encoder only: the codebook is a buffer
-        return z + (e - z).detach(), codes, commitment          # straight-through gradient
+        # straight-through gradient; the commitment moves the encoder only: the codebook is a buffer
+        return z + (e - z).detach(), codes, F.mse_loss(z, e)
 
     @torch.no_grad()
     def update(self, z, codes):
@@ -145,6 +144,9 @@ class VQTokenizer(nn.Module):
 
 
 # ---- the unified multimodal model ----
+norm = lambda x: F.rms_norm(x, x.shape[-1:])           # RMSNorm, no gain (Zhang & Sennrich 2019, eq. 4)
+
+
 def rope_table(length: int, dim: int, base=100.):
     """cos and sin [length, dim/2] of rotary position embedding (Su et al. 2021, section 3.2.2)."""
     angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)   # [length,dim/2]
@@ -195,15 +197,15 @@ class Block(nn.Module):
         for out in (self.proj, self.down):
             nn.init.zeros_(out.weight)                 # every block starts as the identity
 
-    def forward(self, x, rope, mask, kv: KV):
-        """x [B, T, C] -> [B, T, C]; mask [B, 1, T, keys] is added to the scores; kv: what came first."""
+    def forward(self, x, x0, rope, mask, kv: KV):
+        """x [B, T, C] -> [B, T, C]; x0 alike: normed input of block 1, for attention in each to read, as
+        it drowns in x (after Jordan 2024); mask [B, 1, T, keys] is added to the scores; kv: the past."""
         B, T, C = x.shape
-        qkv = self.qkv(F.rms_norm(x, (C,))).view(B, T, 3, self.n_head, -1)            # [B,T,3,H,D]
+        qkv = self.qkv(norm(x) + x0).view(B, T, 3, self.n_head, -1)                   # [B,T,3,H,D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                                 # [B,H,T,D]
-        q, k = (rotate(F.rms_norm(t, t.shape[-1:]), *rope) for t in (q, k))
-        y = attention(q, *kv.append(k, v), mask)
+        y = attention(rotate(norm(q), *rope), *kv.append(rotate(norm(k), *rope), v), mask)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))                         # [B,T,C]
-        return x + self.down(F.relu(self.up(F.rms_norm(x, (C,)))).square())
+        return x + self.down(F.relu(self.up(norm(x))).square())
 
 
 class UMM(nn.Module):
@@ -249,11 +251,8 @@ class UMM(nn.Module):
 
     def embed_image(self, image):
         """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
-        if self.c.image_input == 'code':
-            x = self.code_embed(image)
-        else:
-            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                  # [B,3*p*p,G,G]
-            x = self.patch_embed(patches.flatten(2).mT)                               # [B,N,C]
+        patches = lambda: F.pixel_unshuffle(image * 2 - 1, self.c.patch).flatten(2).mT    # [B,N,3*p*p]
+        x = self.code_embed(image) if self.c.image_input == 'code' else self.patch_embed(patches())
         return x + self.position() + self.source
 
     def hidden(self, s: Sequence, kvs: list[KV] | None = None, hide=0.):
@@ -274,12 +273,13 @@ class UMM(nn.Module):
         if s.image is not None:
             image, image_rope = self.embed_image(s.image), self.rope(self.rc[None])   # [B,N,C]
             see = F.pad(see, (N, 0), value=True)                                      # [B,T,N+T]
-        mask = torch.where(see, 0., -1e4).to(x.dtype)[:, None]                        # [B,1,T,keys]
+            image0 = norm(image)
+        mask, x0 = torch.where(see, 0., -1e4).to(x.dtype)[:, None], norm(x)           # [B,1,T,keys]
         for block, kv in zip(self.blocks, kvs or [KV() for _ in self.blocks]):
             if s.image is not None:
-                image = block(image, image_rope, None, kv)
-            x = block(x, rope, mask, kv)
-        return F.rms_norm(x, x.shape[-1:])
+                image = block(image, image0, image_rope, None, kv)
+            x = block(x, x0, rope, mask, kv)
+        return norm(x)
 
     def forward(self, s: Sequence, hide=0.):
         """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None without a target."""
@@ -316,12 +316,11 @@ class UMM(nn.Module):
         tokens, done = [], torch.zeros_like(token, dtype=torch.bool)
         for i in range(length):
             x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)  # [B,C]
-            x = x.repeat(1 + guided, 1)[:, None]                                      # [B,1,C]
+            x0 = norm(x := x.repeat(1 + guided, 1)[:, None])                          # [B,1,C]
             rope = self.rope(self.rc[None, i:i + 1] if draw else (start + i).repeat(1, 1, 2))
             for block, kv in zip(self.blocks, kvs):
-                x = block(x, rope, mask[..., :kv.used + 1], kv)
-            x = F.rms_norm(x, x.shape[-1:])[:, 0]
-            logits = (self.pixel_head if draw else self.text_head)(x).float()         # [B,K or V]
+                x = block(x, x0, rope, mask[..., :kv.used + 1], kv)
+            logits = (self.pixel_head if draw else self.text_head)(norm(x)[:, 0]).float()  # [B,K or V]
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + cfg * (c - u)

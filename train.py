@@ -54,12 +54,12 @@ class Settings:
     image_input: str = opt('patch', 'input pictures as pixel patches (patch) or as VQ codes (code)')
     tok_steps: int = opt(900, 'steps of the tokenizer stage')
     tok_batch: int = opt(32, 'pictures a step')
-    pre_steps: int = opt(700, 'steps of the pretrain stage')
+    pre_steps: int = opt(480, 'steps of the pretrain stage')
     pre_ask: int = opt(1, 'pictures with questions a step, pretraining')
     pre_draw: int = opt(32, 'pictures drawn from text a step, pretraining')
-    post_steps: int = opt(720, 'steps of the posttrain stage')
+    post_steps: int = opt(960, 'steps of the posttrain stage')
     post_ask: int = opt(8, 'pictures with questions a step, post-training')
-    post_draw: int = opt(10, 'pictures drawn from text a step, post-training: against forgetting')
+    post_draw: int = opt(8, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
     proxy: str = opt('seg', f"map to generate, post-training: {', '.join(data.PROXIES)} or none")
     control: str = opt('none', 'none; shuffled: maps of other pictures; frozen: the map moves no block; '
@@ -99,8 +99,7 @@ PRESETS = {
 def orthogonalize(G, steps=5):
     """Roughly the nearest orthogonal matrices, by Newton-Schulz (Jordan et al. 2024); G [n, a, b]."""
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    wide = X.shape[-2] <= X.shape[-1]
-    X = X if wide else X.mT
+    X = X if (wide := X.shape[-2] <= X.shape[-1]) else X.mT
     for _ in range(steps):
         A = X @ X.mT                                                                  # [n,min,min]
         X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
@@ -111,8 +110,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024). torch.optim.Muon always computes in bfloat16, 100
     times slower than float32 on a CPU without bfloat16 units; this one keeps the type of the weights."""
 
-    def __init__(self, params, lr, momentum=.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr, momentum=.95, decay=.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
 
     @torch.no_grad()
     def step(self):
@@ -127,6 +126,7 @@ class Muon(torch.optim.Optimizer):
                 U = orthogonalize(torch.stack([u.flatten(1) for _, u in same]))       # [n,a,b]
                 scale = max(1, U.shape[-2] / U.shape[-1]) ** .5
                 for (p, _), u in zip(same, U):
+                    p.mul_(1 - group['lr'] * group['decay'])
                     p.add_(u.view_as(p), alpha=-group['lr'] * scale)
 
 

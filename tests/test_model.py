@@ -206,7 +206,8 @@ def test_a_block_against_naive_code(umm):
     block, C, H = umm.blocks[1].double(), 32, 2
     x, at = torch.randn(1, 5, C, dtype=torch.double), torch.randint(20, (1, 5, 2))
     mask = torch.full((5, 5), -1e4, dtype=torch.double).triu(1)[None, None]
-    got = block(x, [t.double() for t in umm.rope(at)], mask, model.KV())
+    x0 = torch.randn(1, 5, C, dtype=torch.double)
+    got = block(x, x0, [t.double() for t in umm.rope(at)], mask, model.KV())
     norm = lambda v: v / (v.square().mean() + torch.finfo(v.dtype).eps) ** 0.5
 
     def turned(v, row, col):  # D = 16: pairs (i, i + 8); the first 4 turn by row, the others by column
@@ -219,7 +220,7 @@ def test_a_block_against_naive_code(umm):
 
     heads = []
     for i in range(5):
-        q, k, v = (block.qkv.weight @ norm(x[0, i])).view(3, H, C // H)
+        q, k, v = (block.qkv.weight @ (norm(x[0, i]) + x0[0, i])).view(3, H, C // H)
         place = at[0, i].tolist()
         heads.append([[turned(norm(q[h]), *place), turned(norm(k[h]), *place), v[h]] for h in range(H)])
     for i in range(5):

@@ -39,7 +39,7 @@ def test_features_are_the_pictures_states_and_labels_the_objects_under_them(trai
     assert X.shape == (umm.c.n_layer + 1, 12 * N, umm.c.n_embd)
     found, r, _ = world.scenes('val', 7, 12)
     x = umm.embed_image(r.image)
-    x = umm.blocks[0](x, umm.rope(umm.rc[None]), None, model.KV())
+    x = umm.blocks[0](x, model.norm(x), umm.rope(umm.rc[None]), None, model.KV())
     assert torch.allclose(X[1], x.flatten(0, 1), atol=1e-5)
     p, seen = umm.c.patch, 0
     for b, (objs, _) in enumerate(found):
