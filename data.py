@@ -46,7 +46,7 @@ def guard(main):
     try:
         main()
     except (UserError, OSError) as e:
-        print('error:', e, *['(make room or another --out)'] * isinstance(e, OSError), file=sys.stderr)
+        print('error:', e, *['(missing? no room? try --out)'] * isinstance(e, OSError), file=sys.stderr)
         sys.exit(2)
     except Exception:
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)

@@ -198,8 +198,8 @@ class Block(nn.Module):
             nn.init.zeros_(out.weight)                 # every block starts as the identity
 
     def forward(self, x, x0, rope, mask, kv: KV):
-        """x [B, T, C] -> [B, T, C]; x0 alike: normed input of block 1, for attention in each to read, as
-        it drowns in x (after Jordan 2024); mask [B, 1, T, keys] is added to the scores; kv: the past."""
+        """x [B, T, C] -> [B, T, C]; x0 alike: norm(embedding), which attention of every block reads too,
+        as it drowns in x (after Jordan 2024); mask [B, 1, T, keys] or None: added to scores; kv: past"""
         B, T, C = x.shape
         qkv = self.qkv(norm(x) + x0).view(B, T, 3, self.n_head, -1)                   # [B,T,3,H,D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                                 # [B,H,T,D]
@@ -378,12 +378,13 @@ def load(path, device='cpu'):
             meta = json.loads(f.metadata()['nanoumm'])
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}   # not mapped
         c, text = Config(**meta['config']), Text([bytes.fromhex(t) for t in meta['text']])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        range(meta['step']), range(meta['lines']), dict(meta['settings'])     # TypeError if foreign
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise UserError(f'{path} is not a whole nanoUMM checkpoint ({type(e).__name__}: {str(e)[:80]}); '
                         'train again or copy it anew')
     sane = all(type(v) is type(vars(Config())[k]) and (type(v) is str or 0 < v <= 2**18)
-               for k, v in vars(c).items()) and max(c.n_layer, c.vq_depth) <= 512
-    if not sane or c.vocab != text.size or c.size % c.patch or c.n_embd % (4 * c.n_head):
+               for k, v in vars(c).items()) and max(c.n_layer, c.vq_depth, c.size) <= 512
+    if not sane or c.vocab != text.size or c.size % c.patch or c.vq_width % 8 or c.n_embd % (4*c.n_head):
         raise UserError(f'{path} has an impossible config: {vars(c)}; train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
         want = {f'{n}.{k}': t for n, m in (('tokenizer', VQTokenizer(c)), ('umm', UMM(c)))

@@ -140,6 +140,7 @@ def optimizers(model, lr, muon_lr):
 # ---- a run: its folder, log and checkpoint ----
 class Run:
     """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
+    guess = lambda self, k: math.log(self.umm.c.vocab if k in ('text', 'plan') else self.umm.c.codebook)
 
     def __init__(self, s: Settings, device, bf16=False):
         self.s, self.device, self.bf16, self.dir = s, device, bf16, Path(s.out)
@@ -147,7 +148,7 @@ class Run:
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
             raise UserError(f'nothing to resume: there is no {state}; leave out --resume to start')
-        if state.exists() and not (s.resume or s.overwrite):
+        if (state.exists() or state.with_stem('model').exists()) and not (s.resume or s.overwrite):
             raise UserError(f'{s.out} holds a run: --resume goes on with it, --overwrite throws it '
                             'away, --out DIR keeps it and trains elsewhere')
         if s.resume:
@@ -170,14 +171,13 @@ class Run:
         self.logfile.truncate()
         self.world = World(s.size, s.seed, device, text if s.resume or s.init else None)
         if not s.resume:
-            list(map(Path.unlink, self.dir.glob('[ms]*.safetensors')))   # --overwrite: model and state
+            state.unlink(missing_ok=True), state.with_stem('model').unlink(missing_ok=True)
         if not s.resume and not s.init:
             shared = vars(s).keys() & vars(Config()).keys()
             c = Config(**{k: getattr(s, k) for k in shared}, vocab=self.world.text.size)
             torch.manual_seed(s.seed)
             self.tok, self.umm = VQTokenizer(c).to(device), UMM(c).to(device)
         self.tok.to(memory_format=torch.channels_last)
-        self.guess = math.log(max(self.umm.c.vocab, self.umm.c.codebook))     # loss of a uniform guess
 
     def log(self, **line):
         self.lines.append(json.dumps(line) + '\n')
@@ -226,8 +226,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         losses['loss'].backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
-            raise UserError(f'{stage} step {step}: the gradient is not finite: lower a learning rate; '
-                            f'{ {k: v.item() for k, v in losses.items()} }. Last good state: in {s.out}')
+            raise UserError(f'{stage} step {step + 1}: gradient is not finite: lower a learning rate; '
+                            f'{ {k: v.item() for k, v in losses.items()} }. Last good state: {s.out}')
         for o in opts:
             o.step()
         model.zero_grad()
@@ -236,8 +236,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             line = {k: round(v.item(), 4) for k, v in losses.items()}
             bar.set_postfix(line, refresh=False)
             run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=time.time() - begin)
-            if wild := [k for k, v in losses.items() if k != 'loss' and rise > 1 and v > run.guess]:
-                tqdm.write(f'warning: {stage} {done}: {wild} worse than a guess, {run.guess:.2f} nats')
+            if wild := [k for k, v in losses.items() if k != 'loss' and rise > 1 and v > run.guess(k)]:
+                tqdm.write(f'warning: {stage} {done}: {wild} worse than a uniform guess')
         if done % s.sample_every == 0 or done == steps:
             model.eval()
             figures, picture = sample(run)
@@ -282,7 +282,7 @@ def train_tokenizer(run: Run):
 
 def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1.) -> dict:
     """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
-    a map. Each loss is a mean with a fixed weight, so that numbers of pictures set none."""
+    a map. Each loss is a mean of fixed weight, whatever the number of pictures."""
     s, world, tok, umm, out, loss = run.s, run.world, run.tok, run.umm, {}, 0
     forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
     if ask:
@@ -301,8 +301,7 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
         target = target.roll(1, 0) if s.control == 'shuffled' else target
         seq.image, seq.codes = umm.inputs(tok, seq.image), tok.encode(target)
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
-        # A map's earlier codes tell a later one its class: only the first code of an object needs the
-        # picture. Hidden, all of them do (Bowman et al. 2016, section 3.1, historyless decoding).
+        # Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1)
         out[s.proxy] = forward(seq, s.hide)[1]
         umm.blocks.requires_grad_(True)
         loss = loss + s.w_proxy * out[s.proxy]
@@ -377,7 +376,8 @@ def main(argv=None):
     begin, s = time.time(), parse(argv)
     run = Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
-    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a guess: {:.2f} nats'.format(*size, run.guess))
+    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
+          '{:.2f} a code'.format(*size, run.guess('text'), run.guess('draw')))
     with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; a second kills
         signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),
                                                  signal.signal(signal.SIGINT, signal.SIG_DFL)))

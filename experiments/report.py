@@ -247,13 +247,17 @@ def samples(out: Path, found, n=6):
         if not rows:
             rows, names = [r.image], [['test pictures']]
         if proxy != 'none':
+            if proxy in data.SPOIL:
+                rows.append(s.image)
+                names.append([f'{arm}: what it reads'])
             s.image = umm.inputs(tok, s.image)
             rows.append(tok.decode(umm.generate(s, temperature=0)))
             names.append([f'{arm}: its map'])
         codes, _ = model.draw(umm, text, wanted, torch.Generator().manual_seed(0), cfg=2.)
         rows.append(tok.decode(codes))
         names.append([f'{arm}: "{w}"' for w in wanted])
-    evaluation.grid(rows, names, scale=3).save(out / 'samples.png')
+    if rows:
+        evaluation.grid(rows, names, scale=3).save(out / 'samples.png')
 
 
 def sweeps(out: Path, found):
@@ -283,7 +287,10 @@ def sweeps(out: Path, found):
 def losses(run: Path):
     """losses.png: each loss of a run by step; a uniform guess (ln V, ln K) and the entropy of the unigram
     frequencies, what a model that ignores all context could reach, beside it."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('losses.png needs matplotlib: pip install matplotlib')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     tok, umm, text, _, meta = model.load(run / 'model.safetensors')

@@ -53,6 +53,7 @@ PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth',
 # Post-training shorter than the main job's: the arms are compared while there is still something to learn.
 STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
          'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '3']}
+RECIPE = 2                       # counts changes of model or training after which old arms must not be mixed in
 PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
 
 
@@ -247,7 +248,7 @@ def work(a, seed: int, arm: str):
                 train.posttrain(run)
             run.umm.eval()
             scores = measure(run, a.n)
-        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n], 'seconds': time.time() - begin,
+        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n, RECIPE], 'seconds': time.time() - begin,
                   'steps': run.s.post_steps, 'scores': scores,
                   'log': [json.loads(x) for x in run.lines if '"val"' in x]}
     (folder / 'result.part').write_text(json.dumps(result))
@@ -273,8 +274,8 @@ def execute(a, arms):
     does not stop the others."""
     def done(seed, arm):
         path = a.out / f'seed{seed}' / arm / 'result.json'
-        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n]:
-            raise UserError(f'{path} is of another --preset or --n: choose another --out, or delete it')
+        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE]:
+            raise UserError(f'{path} is of another --preset, --n or recipe: choose another --out, or delete it')
         return path.exists()
 
     need = {(seed, arm): base_of(arm) for arm in arms for seed in range(a.seeds) if not done(seed, arm)}

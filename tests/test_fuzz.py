@@ -101,7 +101,7 @@ def test_any_picture_file_is_read_or_refused(tmp_path_factory, content):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**13), 10**13) | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-(10**13), 10**13) | st.integers(1, 64) | st.floats() | st.text(max_size=8),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
     max_leaves=6,
 )
