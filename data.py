@@ -12,7 +12,7 @@ import sys
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
+from itertools import count, takewhile
 
 import tiktoken
 import torch
@@ -55,8 +55,8 @@ def guard(main):
 
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
     """A random source; of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
-    bits = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
-    return torch.Generator(device).manual_seed(bits)
+    key = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
+    return torch.Generator(device).manual_seed(key)
 
 
 # ---- scenes and their renderings ----
@@ -141,8 +141,9 @@ def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
 
 def objects(s: Scenes) -> list[list[Object]]:
     """The scenes as lists of Object in reading order."""
-    return [[Object(SHAPES[shape[k]], list(COLOURS)[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
-            for n, shape, colour, cell, xy, z, _ in zip(*(t.tolist() for t in s))]
+    names, rows = list(COLOURS), zip(*(t.tolist() for t in s))
+    return [[Object(SHAPES[shape[k]], names[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
+            for n, shape, colour, cell, xy, z, _ in rows]
 
 
 # ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
@@ -286,16 +287,15 @@ class Text:
             raise ValueError('a vocabulary starts with all bytes and names no token twice')
         self.answer, self.end, self.size = len(vocab), len(vocab) + 1, len(vocab) + 2
         self.bpe = tiktoken.Encoding('nanoumm', pat_str=r' ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+',
-                                     mergeable_ranks={token: i for i, token in enumerate(vocab)},
-                                     special_tokens={})
+                                     mergeable_ranks=dict(zip(vocab, count())), special_tokens={})
         self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(' ' + ' '.join(text.lower().split())) if text.strip() else []
 
     def decode(self, ids) -> str:
-        said = takewhile(lambda i: i != self.end, ids)           # what follows the end says nothing
-        return self.bpe.decode([i for i in said if i < self.answer]).strip()
+        ids = takewhile(lambda i: i != self.end, ids)            # what follows the end says nothing
+        return self.bpe.decode([i for i in ids if i < self.answer]).strip()
 
     @staticmethod
     def from_corpus(texts, size=512):

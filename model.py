@@ -251,8 +251,8 @@ class UMM(nn.Module):
 
     def embed_image(self, image):
         """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
-        patches = lambda: F.pixel_unshuffle(image * 2 - 1, self.c.patch).flatten(2).mT    # [B,N,3*p*p]
-        x = self.code_embed(image) if self.c.image_input == 'code' else self.patch_embed(patches())
+        x = (self.code_embed(image) if self.c.image_input == 'code' else
+             self.patch_embed(F.pixel_unshuffle(image * 2 - 1, self.c.patch).flatten(2).mT))   # [B,N,C]
         return x + self.position() + self.source
 
     def hidden(self, s: Sequence, kvs: list[KV] | None = None, hide=0.):

@@ -179,6 +179,12 @@ def points(e) -> str:
     return f"{100 * e['value']:+.1f}{tail}"
 
 
+def bars(effects) -> tuple[list, list]:
+    """Effects in points (nan: none) and half-widths of their intervals (0: none), as errorbar takes them."""
+    return ([np.nan if e['value'] is None else 100 * e['value'] for e in effects],
+            [0 if e['low'] is None else 100 * (e['value'] - e['low']) for e in effects])
+
+
 def report(out: Path):
     """Write report.md, claims.json and the figures of all finished arms under `out`."""
     found = collect(out)
@@ -240,12 +246,12 @@ def samples(out: Path, found, n=6):
         path = out / f'seed{seed}' / arm / 'state.safetensors'
         tok, umm, text, _, meta = model.load(path if path.exists() else path.parents[1] /
                                              'base/pretrained.safetensors')
-        world = data.World(umm.c.size, 0, 'cpu', text)
+        world = data.World(umm.c.size, 0, 'cpu', text)         # the same scenes for every arm
         proxy = meta['settings']['proxy'] if path.exists() else 'none'
-        wanted = [evaluation.prompts(world, c, 1, 'test')[0][0] for c in evaluation.CATEGORIES]
         s, _, r = world.proxies('test', 2**21, n, proxy if proxy != 'none' else 'seg')
         if not rows:
             rows, names = [r.image], [['test pictures']]
+            wanted = [evaluation.prompts(world, c, 1, 'test')[0][0] for c in evaluation.CATEGORIES]
         if proxy != 'none':
             if proxy in data.SPOIL:
                 rows.append(s.image)
@@ -265,21 +271,20 @@ def sweeps(out: Path, found):
     import matplotlib.pyplot as plt
     known = found.keys() - {'sft', 'seg'}
     panels = {title: arms for title, arms in SWEEPS.items() if known & set(arms.values())}
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.4 * max(1, len(panels)), 2.8), sharey=True,
-                             squeeze=False)
+    if not panels:
+        return
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), sharey=True, squeeze=False)
     for ax, (title, arms) in zip(axes[0], panels.items()):
         es = [(x, difference(found, arm, baseline(arm), UNDERSTANDING)) for x, arm in arms.items()]
         es = [(x, e) for x, e in es if e['n']]
-        y = np.array([100 * e['value'] for _, e in es])
-        h = np.array([100 * (e['value'] - e['low']) if e['low'] is not None else 0 for _, e in es])
-        ax.errorbar(range(len(es)), y, h, fmt='s-', color=INK['seg'], ms=4, lw=1, capsize=2)
+        at, up = bars([e for _, e in es])
+        ax.errorbar(range(len(es)), at, up, fmt='s-', color=INK['seg'], ms=4, lw=1, capsize=2)
         ax.axhline(0, color='black', lw=.7)
         ax.set_xticks(range(len(es)), [f"{x}\nn={e['n']}" for x, e in es])
         ax.set_xlabel(title)
     axes[0, 0].set_ylabel('points above questions alone')
     fig.suptitle('Segmentation, understanding, test split; 95% t intervals, n = seeds', x=.1, ha='left')
-    if panels:
-        fig.savefig(out / 'sweeps.png')
+    fig.savefig(out / 'sweeps.png')
     plt.close(fig)
 
 
@@ -335,9 +340,7 @@ def figures(out: Path, found):
         for i, arm in enumerate(arms):
             es = [difference(found, arm, base, (first, k)) for k in names]
             x = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * .8 / len(arms)
-            y = np.array([np.nan if e['value'] is None else 100 * e['value'] for e in es])
-            h = [[100 * (e['value'] - e['low']) if e['low'] is not None else 0 for e in es]] * 2
-            ax.errorbar(x, y, h, fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black', mew=.4)
+            ax.errorbar(x, *bars(es), fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black', mew=.4)
         ax.axhline(0, color='black', lw=.7)
         ax.set_xticks(range(len(names)), names)
         ax.set_ylabel(f'points above {base}')

@@ -107,41 +107,35 @@ JSON = st.recursive(
 )
 
 
+def altered(content: bytes, change) -> bytes:
+    """A checkpoint after change(meta), which may alter the notes in its header in place."""
+    n = struct.unpack('<Q', content[:8])[0]
+    head = json.loads(content[8 : 8 + n])
+    meta = json.loads(head['__metadata__']['nanoumm'])
+    change(meta)
+    head['__metadata__']['nanoumm'] = json.dumps(meta)
+    line = json.dumps(head).encode()
+    return struct.pack('<Q', len(line)) + line + content[8 + n :]
+
+
 @fuzz(20, st.sampled_from([f.name for f in dataclasses.fields(model.Config)]), JSON)
 def test_any_config_in_a_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory, key, value):
-    n = struct.unpack('<Q', bytes_of[:8])[0]
-    head = json.loads(bytes_of[8 : 8 + n])
-    meta = json.loads(head['__metadata__']['nanoumm'])
-    meta['config'][key] = value
-    head['__metadata__']['nanoumm'] = json.dumps(meta)
-    loaded(tmp_path_factory, head, bytes_of[8 + n :])
+    check(tmp_path_factory, altered(bytes_of, lambda meta: meta['config'].update({key: value})))
 
 
 @fuzz(15, st.sampled_from(['config', 'text', 'settings', 'stage', 'step', 'lines']), JSON)
 def test_any_meta_in_a_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory, key, value):
-    n = struct.unpack('<Q', bytes_of[:8])[0]
-    head = json.loads(bytes_of[8 : 8 + n])
-    meta = json.loads(head['__metadata__']['nanoumm'])
-    meta[key] = value
-    head['__metadata__']['nanoumm'] = json.dumps(meta)
-    loaded(tmp_path_factory, head, bytes_of[8 + n :])
+    check(tmp_path_factory, altered(bytes_of, lambda meta: meta.update({key: value})))
 
 
 @fuzz(25, st.lists(st.tuples(st.integers(0, 600), st.binary(max_size=3)), min_size=1, max_size=3), st.integers(0, 9))
 def test_any_vocabulary_in_a_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory, changes, cut):
-    n = struct.unpack('<Q', bytes_of[:8])[0]
-    head = json.loads(bytes_of[8 : 8 + n])
-    meta = json.loads(head['__metadata__']['nanoumm'])
-    for at, token in changes:
-        meta['text'][at % len(meta['text'])] = token.hex()
-    meta['text'] = meta['text'][: len(meta['text']) - max(0, cut - 7)]
-    head['__metadata__']['nanoumm'] = json.dumps(meta)
-    loaded(tmp_path_factory, head, bytes_of[8 + n :])
+    def change(meta):
+        for at, token in changes:
+            meta['text'][at % len(meta['text'])] = token.hex()
+        meta['text'] = meta['text'][: len(meta['text']) - max(0, cut - 7)]
 
-
-def loaded(tmp_path_factory, head: dict, rest: bytes):
-    head = json.dumps(head).encode()
-    check(tmp_path_factory, struct.pack('<Q', len(head)) + head + rest)
+    check(tmp_path_factory, altered(bytes_of, change))
 
 
 def check(tmp_path_factory, content: bytes):

@@ -155,9 +155,14 @@ def arms(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(reproduce, 'Limited', Hashed)
-        real, kept = reproduce.measure, []  # measured twice; the other arms borrow: this is about training
-        m.setattr(reproduce, 'measure', lambda run, n: kept[-1] if len(kept) == 2 else (
-            kept.append(real(run, n)), kept[-1])[1])
+        real, kept = reproduce.measure, []
+
+        def measured_twice(run, n):  # the other arms borrow the last scores: this is about training
+            if len(kept) < 2:
+                kept.append(real(run, n))
+            return kept[-1]
+
+        m.setattr(reproduce, 'measure', measured_twice)
         for arm in ('base', 'sft', 'seg', 'edge', 'shuffled'):
             Hashed.arm, seen[arm] = arm, {}
             reproduce.work(plan(out), 0, arm)

@@ -81,6 +81,12 @@ def test_main_job_leaves_everything(run_dir):
             )
 
 
+def leave_out(monkeypatch, *names):
+    """These measurements of eval.py find nothing: for tests of training alone."""
+    for name in names:
+        monkeypatch.setattr(train.evaluation, name, lambda *a, **k: {})
+
+
 @pytest.mark.parametrize('stage,step', [('tokenizer', 4), ('pretrain', 4), ('posttrain', 4)])
 def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch):
     """A run killed in the middle of any stage and resumed equals the run that was never interrupted."""
@@ -97,8 +103,7 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch)
             raise Killed
 
     monkeypatch.setattr(train.Run, 'save', save_then_die)
-    for name in ('evaluate', 'report'):  # the weights and the log are compared
-        monkeypatch.setattr(train.evaluation, name, lambda *a, **k: {})
+    leave_out(monkeypatch, 'evaluate', 'report')  # the weights and the log are compared
     with pytest.raises(Killed):
         train.main([*TEST, '--out', str(out)])
     with open(out / 'log.jsonl', 'a') as f:  # a line written after the checkpoint must go
@@ -114,8 +119,7 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch)
 
 
 def test_same_seed_same_weights_other_seed_other_weights(run_dir, tmp_path, monkeypatch):
-    for name in ('evaluate', 'report', 'understanding'):
-        monkeypatch.setattr(train.evaluation, name, lambda *a, **k: {})
+    leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
     train.main([*TEST, '--out', str(tmp_path / 'b'), '--seed', '1'])
     a, b = weights(run_dir / 'model.safetensors'), weights(tmp_path / 'b' / 'model.safetensors')
     assert not torch.equal(a['umm.blocks.0.qkv.weight'], b['umm.blocks.0.qkv.weight'])
@@ -127,8 +131,7 @@ def test_same_seed_same_weights_other_seed_other_weights(run_dir, tmp_path, monk
 )
 def test_switches_train(tmp_path, flags, monkeypatch):
     if flags[1] != 'code':  # the evaluation reads pictures in one of two ways, whatever else is switched
-        for name in ('evaluate', 'report', 'understanding'):
-            monkeypatch.setattr(train.evaluation, name, lambda *a, **k: {})
+        leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
     train.main([*TEST, '--out', str(tmp_path / 'run'), *flags])
 
 
@@ -315,9 +318,8 @@ def test_nan_stops_at_once_with_the_step(tmp_path):
 
 
 def test_a_loss_above_a_guess_and_a_collapsed_codebook_warn(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.evaluation, 'evaluate', lambda *a, **k: {})
+    leave_out(monkeypatch, 'evaluate', 'report')
     monkeypatch.setattr(train.evaluation, 'tokenizer', lambda *a: {'used': 0.1})
-    monkeypatch.setattr(train.evaluation, 'report', lambda *a, **k: None)
     train.main([*TEST, '--out', str(tmp_path / 'run'), '--lr', '1', '--muon_lr', '1', '--clip', '1e6'])
     said = capsys.readouterr().out
     assert 'worse than a uniform guess' in said and 'codebook has collapsed' in said and 'a uniform guess: 6.24 nats a text token, 4.16 a code' in said
