@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from data import Sequence, Text, UserError, pack
 
-
 @dataclass
 class Config:
     """Everything needed to rebuild both networks; it travels inside the checkpoint."""
@@ -33,7 +32,6 @@ class Config:
     n_embd: int = 96             # C
     image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
     grid = property(lambda self: self.size // self.patch)      # G
-
 
 # ---- VQ tokenizer ----
 class VectorQuantizer(nn.Module):
@@ -71,7 +69,6 @@ class VectorQuantizer(nn.Module):
         self.count.masked_fill_(dead, 1.)
         self.codebook.copy_(F.normalize(self.total, dim=-1))
 
-
 class FiniteScalarQuantizer(nn.Module):
     """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1)."""
 
@@ -91,7 +88,6 @@ class FiniteScalarQuantizer(nn.Module):
         e, codes = digits / (self.levels - 1) * 2 - 1, (digits.long() * self.basis).sum(-1)
         return z + (e - z).detach(), codes, z.new_zeros(())
 
-
 class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -101,7 +97,6 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
-
 
 class VQTokenizer(nn.Module):
     """Convolutional autoencoder with a discrete bottleneck: S x S pixels <-> G x G codes. Pixels are
@@ -142,22 +137,19 @@ class VQTokenizer(nn.Module):
         e = self.quantizer.codebook[codes].unflatten(1, (self.c.grid, self.c.grid))   # [B,G,G,dim]
         return self.reconstruct(e).clamp(0, 1)
 
-
 # ---- the unified multimodal model ----
 norm = lambda x: F.rms_norm(x, x.shape[-1:])           # RMSNorm, no gain (Zhang & Sennrich 2019, eq. 4)
 
-
-def rope_table(length: int, dim: int, base=100.):
-    """cos and sin [length, dim/2] of rotary position embedding (Su et al. 2021, section 3.2.2)."""
+def rope_table(length: int, dim: int, base=10000.):
+    """cos and sin [length, dim/2] of rotary position embedding (Su et al. 2021, section 3.2.2). Half
+    of the channels hardly turn at these lengths: they find things by what they are, not where."""
     angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)   # [length,dim/2]
     return angle.cos(), angle.sin()
-
 
 def rotate(x, cos, sin):
     """Turn channel pairs (i, i + D/2) of x [B, H, T, D] by their position; cos, sin [B, 1, T, D/2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)                  # [B,H,T,D]
-
 
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v. q [B, H, T, D], k and v [B, H, keys, D] -> [B, H, T, D]."""
@@ -166,7 +158,6 @@ def attention(q, k, v, mask):
     # On a CPU the fused kernel's backward is slower than plain matrix products at these lengths.
     scores = (q * q.shape[-1] ** -.5) @ k.mT                                          # [B,H,T,keys]
     return torch.softmax(scores if mask is None else scores + mask, dim=-1) @ v
-
 
 class KV:
     """Keys and values of one layer: grown by concatenation (training) or in a preallocated buffer."""
@@ -182,7 +173,6 @@ class KV:
         start, self.used = self.used, self.used + k.shape[2]
         self.buffer[:, :, :, start:self.used] = torch.stack((k, v))
         return self.buffer[:, :, :, :self.used]
-
 
 class Block(nn.Module):
     """Pre-norm transformer block: RMSNorm, attention with QK-norm and RoPE, squared-ReLU MLP."""
@@ -207,7 +197,6 @@ class Block(nn.Module):
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))                         # [B,T,C]
         return x + self.down(F.relu(self.up(norm(x))).square())
 
-
 class UMM(nn.Module):
     """One decoder-only transformer that reads and writes both text and pictures.
 
@@ -220,6 +209,7 @@ class UMM(nn.Module):
         super().__init__()
         self.c, C = c, c.n_embd
         self.text_embed = nn.Embedding(c.vocab, C)
+        self.taps = nn.Parameter(torch.randn(3, C) * .5)      # how a token hears the three before it
         self.code_embed = nn.Embedding(c.codebook + 1, C)          # the last row: start of a picture
         self.patch_embed = nn.Linear(3 * c.patch ** 2, C)
         # Positions as loud as the content they are added to: with quiet ones learning starts much later.
@@ -255,11 +245,20 @@ class UMM(nn.Module):
              self.patch_embed(F.pixel_unshuffle(image * 2 - 1, self.c.patch).flatten(2).mT))   # [B,N,C]
         return x + self.position() + self.source
 
+    def embed_text(self, text, turn):
+        """Tokens and turns [B, T] -> [B, T, C]: a depthwise causal convolution within a turn (Allen-Zhu
+        2025, Canon layers), so that the end of a question hears at once what it is about."""
+        x = out = self.text_embed(text)
+        for k, tap in enumerate(self.taps, 1):
+            same = F.pad(turn, (k, 0), value=-2)[:, :-k] == turn                      # [B,T]
+            out = out + tap * F.pad(x, (0, 0, k, 0))[:, :-k] * same[..., None]        # [B,T,C]
+        return out
+
     def hidden(self, s: Sequence, kvs: list[KV] | None = None, hide=0.):
         """-> last hidden states at text and codes, [B, T (+ N), C]; kvs: where keys and values go; hide:
         share of the rows, the first ones, that do not see their own earlier codes."""
         N = self.c.grid ** 2
-        x, turn = self.text_embed(s.text), s.turn
+        x, turn = self.embed_text(s.text, s.turn), s.turn
         if s.codes is not None:      # shifted by one: the input at n is code n - 1 and the position of n
             shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)           # [B,N]
             shifted[:round(hide * len(shifted))] = self.c.codebook
@@ -311,13 +310,20 @@ class UMM(nn.Module):
         self.hidden(s, kvs)                # fills the cache
         see = F.pad(F.pad(s.turn == 1, (known, 0), value=True), (0, length), value=True)    # [B,keys]
         mask = torch.where(see, 0., -1e4)[:, None, None]                              # [B,1,1,keys]
-        start = self.c.grid + (s.turn == 1).sum(1)[:, None, None]                     # [B,1,1]
+        told = (s.turn == 1).sum(1, keepdim=True)                                     # [B,1]
+        back = told + torch.arange(-3, 0, device=told.device)                         # [B,3]
+        ids, turn = s.text.gather(1, back.clamp(min=0)), torch.where(back < 0, -1, 1)
         token = torch.full((B,), self.c.codebook if draw else first, device=s.text.device)
         tokens, done = [], torch.zeros_like(token, dtype=torch.bool)
         for i in range(length):
-            x = self.code_embed(token) + self.position()[i] if draw else self.text_embed(token)  # [B,C]
-            x0 = norm(x := x.repeat(1 + guided, 1)[:, None])                          # [B,1,C]
-            rope = self.rope(self.rc[None, i:i + 1] if draw else (start + i).repeat(1, 1, 2))
+            both = token.repeat(1 + guided)
+            if draw:
+                x, at = self.code_embed(both) + self.position()[i], self.rc[None, i:i + 1]    # [B,C]
+            else:
+                ids, turn = torch.cat([ids, both[:, None]], 1), F.pad(turn, (0, 1), value=1)
+                x = self.embed_text(ids, turn)[:, -1]                                 # [B,C]
+                at = (self.c.grid + told + i)[..., None].repeat(1, 1, 2)              # [B,1,2]
+            x0, rope = norm(x := x[:, None]), self.rope(at)                           # [B,1,C]
             for block, kv in zip(self.blocks, kvs):
                 x = block(x, x0, rope, mask[..., :kv.used + 1], kv)
             logits = (self.pixel_head if draw else self.text_head)(norm(x)[:, 0]).float()  # [B,K or V]
@@ -330,7 +336,6 @@ class UMM(nn.Module):
                 break
         return torch.stack(tokens, 1)                                                 # [B,n]
 
-
 def pick(logits, temperature: float, top_k: int, generator=None):
     """Sample one token per row of logits [B, K]; temperature 0 (< 1e-4): the likeliest; top_k 0: all."""
     if temperature < 1e-4:
@@ -339,11 +344,9 @@ def pick(logits, temperature: float, top_k: int, generator=None):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
-
 def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
     """The texts that continue [picture][prompt]; how: as in UMM.generate."""
     return [text.decode(row) for row in umm.generate(s, text.answer, text.end, length, **how).tolist()]
-
 
 def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
     """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
@@ -351,7 +354,6 @@ def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, to
     plans = write(umm, text, asked, generator=generator, temperature=float(temperature > 0))
     planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=umm.row.device)
     return umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how), plans
-
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
 def save(path, tensors: dict, meta: dict):
@@ -367,7 +369,6 @@ def save(path, tensors: dict, meta: dict):
         part.unlink(missing_ok=True)
         raise UserError(f'cannot write {path}: {e}; free some space or choose another --out. '
                         'The previous file, if any, is untouched')
-
 
 def load(path, device='cpu'):
     """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not sound."""

@@ -201,6 +201,19 @@ def test_loss_against_naive_cross_entropy(umm):
     assert pixel.item() == pytest.approx(want.item(), abs=1e-5)
 
 
+def test_text_embedding_against_naive_code(umm):
+    """A token hears the three before it, of its own turn only."""
+    text, turn = torch.randint(umm.c.vocab, (2, 9)), torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, -1], [1, 2, 2, 2, 2, 2, 2, -1, -1]])
+    got = umm.embed_text(text, turn)
+    for b in range(2):
+        for i in range(9):
+            want = umm.text_embed.weight[text[b, i]].clone()
+            for k in (1, 2, 3):
+                if i >= k and turn[b, i - k] == turn[b, i]:
+                    want += umm.taps[k - 1] * umm.text_embed.weight[text[b, i - k]]
+            assert torch.allclose(got[b, i], want, atol=1e-6), (b, i)
+
+
 def test_a_block_against_naive_code(umm):
     """RMSNorm, query-key norm, 2-D rotary positions, attention, squared ReLU, written out position by position."""
     block, C, H = umm.blocks[1].double(), 32, 2
@@ -213,7 +226,7 @@ def test_a_block_against_naive_code(umm):
     def turned(v, row, col):  # D = 16: pairs (i, i + 8); the first 4 turn by row, the others by column
         out = v.clone()
         for i in range(8):
-            angle = (row if i < 4 else col) / 100 ** (2 * (i % 4) / 8)
+            angle = (row if i < 4 else col) / 10000 ** (2 * (i % 4) / 8)
             out[i] = v[i] * math.cos(angle) - v[i + 8] * math.sin(angle)
             out[i + 8] = v[i] * math.sin(angle) + v[i + 8] * math.cos(angle)
         return out
