@@ -36,10 +36,8 @@ KINDS = VISUAL * 2 + REASON    # what training asks, and how often
 NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
 SPLITS = ('train', 'val', 'test')
 
-
 class UserError(Exception):
     """What a user got wrong: what, which value, how to fix it."""
-
 
 def guard(main):
     """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
@@ -52,12 +50,10 @@ def guard(main):
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
         raise
 
-
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
     """A random source; of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
     key = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
     return torch.Generator(device).manual_seed(key)
-
 
 # ---- scenes and their renderings ----
 class Scenes(namedtuple('Scenes', 'n shape colour cell xy z theme')):
@@ -66,11 +62,9 @@ class Scenes(namedtuple('Scenes', 'n shape colour cell xy z theme')):
     depth, 0 near to 1 far; theme [B]: what may be counted, 0-4 a shape, 5-10 a colour, -1 nothing."""
     radius = property(lambda self: NEAR + (FAR - NEAR) * self.z)                      # [B,4]
 
-
 class Object(namedtuple('Object', 'shape colour cell x y z')):
     """One object of one scene, for the text functions: names of shape and colour, then as in Scenes."""
     name = property(lambda self: f'{self.colour} {self.shape}')
-
 
 def sample_scenes(B: int, g: torch.Generator) -> Scenes:
     """Draw B scenes. A (colour, shape) pair occurs once at most: a name means one object. In 40% of them
@@ -94,7 +88,6 @@ def sample_scenes(B: int, g: torch.Generator) -> Scenes:
     xy = (torch.stack([cell % 2, cell // 2], -1) + .5) / 2 + (rand(B, M, 2) - .5) * .12
     return Scenes(n, pairs // C, pairs % C, cell, xy, rand(B, M), theme)
 
-
 def distance_field(shape: int, x, y):
     """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
     box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
@@ -104,12 +97,10 @@ def distance_field(shape: int, x, y):
             'cross': lambda: torch.minimum(box(1, .32), box(.32, 1)),
             'ring': lambda: (torch.hypot(x, y) - .70).abs() - .25}[SHAPES[shape]]()
 
-
-class Rendering(namedtuple('Rendering', 'image classes instance depth')):
+class Rendering(namedtuple('Rendering', 'image classes instance depth palette', defaults=[PALETTE])):
     """Pictures, exactly annotated. image [B,3,S,S] in [0, 1]: all that a model may see; classes [B,S,S]:
-    index into CLASSES; instance [B,S,S]: slot of the object + 1, 0 = background; depth [B,S,S]:
-    nearness, 0 = background, 1 = nearest."""
-
+    row of the palette, 255 = ignored; instance [B,S,S]: slot of the object + 1, 0 = background; depth
+    [B,S,S]: nearness, 0 = background, 1 = nearest."""
 
 def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
     """Draw scenes at size x size pixels, far to near, anti-aliased; g: texture and noise."""
@@ -138,19 +129,23 @@ def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
     image = image + .015 * torch.randn(image.shape, generator=g, device=g.device).to(device)
     return Rendering(image.clamp(0, 1), look_up(s.shape + 1), instance, look_up(1 - .75 * s.z))
 
-
 def objects(s: Scenes) -> list[list[Object]]:
     """The scenes as lists of Object in reading order."""
     names, rows = list(COLOURS), zip(*(t.tolist() for t in s))
     return [[Object(SHAPES[shape[k]], names[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
             for n, shape, colour, cell, xy, z, _ in rows]
 
-
 # ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
+def palette(n: int):
+    """n colours far apart, [n, 3]: PALETTE, or for more classes a grid of the RGB cube."""
+    side = next(k for k in range(2, 8) if k ** 3 >= n)
+    grid = torch.cartesian_prod(*[torch.linspace(0, 255, side).round().long()] * 3)   # [side^3,3]
+    return (PALETTE if n <= len(PALETTE) else grid)[:n]
+
 def seg(r: Rendering):
     """Semantic segmentation: the palette colour of each pixel's class, never blended."""
-    return (PALETTE.to(r.image.device)[r.classes] / 255).permute(0, 3, 1, 2)          # [B,3,S,S]
-
+    rgb = r.palette.to(r.image.device)[r.classes % 255]             # ignored pixels as background
+    return (rgb / 255).permute(0, 3, 1, 2)                                            # [B,3,S,S]
 
 def edge(r: Rendering):
     """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
@@ -159,12 +154,10 @@ def edge(r: Rendering):
     g = F.conv2d(grey, torch.stack([kx, kx.T])[:, None])                              # [B,2,S,S]
     return g.norm(dim=1, keepdim=True).clamp(max=1).expand_as(r.image)                # [B,3,S,S]
 
-
 def instance(r: Rendering):
     """Class-agnostic instances, as SAM's: colours differ within a picture and mean nothing beyond it."""
     turn = (r.image.mean((1, 2, 3)) * 1e6).long()[:, None, None]                      # [B,1,1]
     return seg(r._replace(classes=(r.instance > 0) * ((r.instance + turn) % 5 + 1)))
-
 
 MAPS = {'seg': seg, 'instance': instance, 'edge': edge,
         'depth': lambda r: r.depth[:, None].expand_as(r.image)}                       # near = bright
@@ -174,7 +167,6 @@ SPOIL = {'denoise': lambda x, u: (x + .7 * (u - .5)).clamp(0, 1),
          'superres': lambda x, u: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4.),
          'inpaint': lambda x, u: torch.where(F.interpolate(u[:, :1, ::8, ::8], x.shape[2:]) < .4, .5, x)}
 PROXIES = MAPS | dict.fromkeys(('recon', *SPOIL), lambda r: r.image)
-
 
 # ---- text; objects are listed in reading order: one right order leaves less to guess per word ----
 STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 3, 'count': 4}      # captions: how often
@@ -198,7 +190,6 @@ WORDS = {
     'size': ('is the {} small or large?', 'how large is the {}?'),
     'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
 
-
 def relation(a: Object, b: Object, margin=1.5):
     """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None if not clear-cut."""
     dx, dy = a.x - b.x, a.y - b.y
@@ -206,7 +197,6 @@ def relation(a: Object, b: Object, margin=1.5):
         return 'left of' if dx < 0 else 'right of'
     if abs(dy) > margin * abs(dx):
         return 'above' if dy < 0 else 'below'
-
 
 def caption(objs: list[Object], style: str, rng: random.Random):
     """A caption in one of STYLES, or None where the style does not fit the objects."""
@@ -220,7 +210,6 @@ def caption(objs: list[Object], style: str, rng: random.Random):
         return f'{NUMBERS[len(objs)]} {PLURAL[objs[0].shape]}'
     if style == 'list' or (style == 'bare' and len(objs) <= 2):
         return ' and '.join(', '.join(names).rsplit(', ', 1))
-
 
 class Questions:
     """Questions about one scene, balanced given their words: blind guesses stay at CHANCE."""
@@ -276,7 +265,6 @@ class Questions:
         half = {f'{c} {s}' for c in COLOURS for s in SHAPES if (c in colours) != (s in shapes)}
         return [self.rng.choice(sorted(hard or half))], 'no'
 
-
 # ---- text tokens and sequences ----
 class Text:
     """Text <-> token ids, byte-level BPE. No string encodes to the specials `answer` and `end`."""
@@ -312,7 +300,6 @@ class Text:
                         w[i:i + 2] = vocab[-1:]
         return Text(vocab)
 
-
 @dataclass
 class Sequence:
     """A batch of [picture][text][codes]; picture and codes may be absent. The text is made of turns that
@@ -322,7 +309,6 @@ class Sequence:
     target: torch.Tensor | None = None       # [B,T] the token to predict here, -1 = none
     image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]; codes [B,N] for image_input code
     codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
-
 
 def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
     """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
@@ -338,16 +324,17 @@ def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
     grid = torch.tensor([row + [(text.end, -1, -1)] * (T - len(row)) for row in out], device=device)
     return Sequence(*grid.unbind(-1), image=image)                                    # [B,T] each
 
-
 class World:
     """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
+    kinds, maps, captions = VISUAL, MAPS, True       # types of question, maps, captions: what there is
+    example = 'a red circle left of a blue square'
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
         self.size, self.seed, self.device = size, seed, device
         self.text = text or Text.from_corpus(self.corpus())
 
     def scenes(self, split: str, index: int, B: int, pixels=True):
-        """-> ([(objects, theme)] of B scenes, their Rendering, a random.Random for the text)."""
+        """-> (B scenes: (objects, theme), their Rendering, a random.Random for the text)."""
         scenes = sample_scenes(B, generator(self.seed, split, index))
         found = list(zip(objects(scenes), scenes.theme.tolist()))
         g = generator(self.seed, split, index + 2**31, self.device)
@@ -364,18 +351,31 @@ class World:
                 yield from Questions(objs, theme, rng).ask(kind) or ()
         yield from (w for words in WORDS.values() for w in words)
 
-    def questions(self, split, index, B, Q, kinds=KINDS, captions=('place', 'place', 'list')):
+    def ask(self, scene, kind: str, rng) -> list:
+        """[(question, answer)] of one type about a scene; empty where it allows none."""
+        return [qa] if (qa := Questions(*scene, rng).ask(kind)) else []
+
+    def turns(self, scene, Q: int, rng) -> list:
+        """Q questions about a scene: [(type, (question, answer))]."""
+        turns = []
+        while len(turns) < Q:
+            kind = rng.choice(KINDS)
+            turns += [(kind, qa) for qa in self.ask(scene, kind, rng)]
+        return turns
+
+    def describe(self, scene, style: str, rng):
+        """A caption of a scene in one of STYLES, or None."""
+        return caption(scene[0], style, rng)
+
+    def questions(self, split, index, B, Q, captions=('place', 'place', 'list')):
         """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""
         scenes, r, rng = self.scenes(split, index, B)
         rows = []
-        for objs, theme in scenes:
-            turns, ask = [], Questions(objs, theme, rng).ask
-            while len(turns) < Q:
-                if qa := ask(kind := rng.choice(kinds)):
-                    turns.append((kind, qa))
+        for scene in scenes:
+            rows.append(self.turns(scene, Q, rng))
             for c in captions and [rng.choice(captions)]:
-                turns.append((c, (rng.choice(WORDS[c]), caption(objs, c, rng))))
-            rows.append(turns)
+                turn = rng.choice(WORDS[c]), self.describe(scene, c, rng)
+                rows[-1] += [(c, turn)] * bool(turn[1])
         s = pack(self.text, [[qa for _, qa in turns] for turns in rows], r.image, self.device)
         return s, [[kind for kind, _ in turns] for turns in rows]
 
@@ -383,10 +383,10 @@ class World:
         """-> (Sequence of prompts and plans, a share `drop` empty, target pictures [B, 3, S, S])."""
         scenes, r, rng = self.scenes(split, index, B)
         rows = []
-        for objs, _ in scenes:
-            fit = {s: c for s in STYLES if (c := caption(objs, s, rng))}
+        for scene in scenes:
+            fit = {s: c for s in STYLES if (c := self.describe(scene, s, rng))}
             style = rng.choices(list(fit), [STYLES[s] for s in fit])[0]
-            turn = rng.choice(WORDS['draw']).format(fit[style]), fit['place']
+            turn = rng.choice(WORDS['draw']).format(fit[style]), fit.get('place', '')
             rows.append([turn if rng.random() >= drop else ('', None)])
         return pack(self.text, rows, device=self.device), r.image
 
@@ -396,5 +396,5 @@ class World:
         words = WORDS['depth map' if name == 'depth' else name if name in MAPS else 'recon']
         u = torch.rand(r.image.shape, generator=generator(self.seed, split, index + 2**32))
         image = SPOIL[name](r.image, u.to(self.device)) if name in SPOIL else r.image
-        s = pack(self.text, [[(rng.choice(words), None)] for _ in range(B)], image, self.device)
+        s = pack(self.text, [[(rng.choice(words), None)] for _ in r.image], image, self.device)
         return s, PROXIES[name](r), r

@@ -7,12 +7,14 @@ Each figure is {value, low, high, n}, with a 95% interval. Test scenes are the s
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import json
 import math
 import os
+import random
+import re
 from collections import Counter, defaultdict
-from itertools import product
 from pathlib import Path
 from textwrap import fill, wrap
 
@@ -22,12 +24,12 @@ from PIL import Image, ImageDraw
 
 import data
 from data import UserError, World
+from folder import Folder, open_world
 from model import draw, load, write
 
 Z = 1.96                       # half-width of a 95% interval in standard errors
 CATEGORIES = {'single': ('bare', 1), 'two': ('bare', 2), 'counting': ('count', None),
               'colours': ('list', 1), 'position': ('relation', 2), 'attribution': ('list', 2)}
-
 
 # ---- figures with intervals ----
 def share(right: int, n: int) -> dict:
@@ -38,30 +40,33 @@ def share(right: int, n: int) -> dict:
     centre, half = (p + z2 / 2) / (1 + z2), Z * math.sqrt(p * (1 - p) / n + z2 / 4 / n) / (1 + z2)
     return {'value': p, 'low': centre - half, 'high': centre + half, 'n': n}
 
-
 def mean_of(figures: list[dict]) -> dict:
     """Unweighted mean of independent shares; normal interval from their binomial variances."""
-    kept = [f for f in figures if f['n']]
-    if not kept:
+    if not (kept := [f for f in figures if f['n']]):
         return share(0, 0)
     m = sum(f['value'] for f in kept) / len(kept)
     half = Z * math.sqrt(sum(f['value'] * (1 - f['value']) / f['n'] for f in kept)) / len(kept)
     return {'value': m, 'low': m - half, 'high': m + half, 'n': sum(f['n'] for f in kept)}
 
+def bootstrap(score, tables) -> dict:
+    """score of the summed tables [n, ...], one per picture; its interval from 400 draws of pictures."""
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([score(tables[torch.randint(len(tables), (len(tables),), generator=g)].sum(0))
+                         for _ in range(400)])
+    low, high = draws.quantile(torch.tensor([.025, .975], dtype=draws.dtype)).tolist()
+    return {'value': score(tables.sum(0)).item(), 'low': low, 'high': high, 'n': len(tables)}
 
 def mean(values: torch.Tensor) -> dict:
     """Mean of one value per picture, normal interval; values [n]."""
     m, half = values.mean().item(), Z * (values.std() / len(values) ** .5).item()
     return {'value': m, 'low': m - half, 'high': m + half, 'n': len(values)}
 
-
 # ---- understanding ----
 @torch.no_grad()
 def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> dict:
     """Accuracy by type over n pictures (or more, to fill B) with Q questions each; whole answers count.
     A greedy answer is the true one exactly when every true token, the end included, is the likeliest
-    after the true tokens before it: one pass over the true answers scores greedy decoding.
-    """
+    after the true tokens before it: one pass over the true answers scores greedy decoding."""
     right, total = Counter(), Counter()
     for i in range(math.ceil(n / B)):
         s, kinds = world.questions(split, i, B, Q, captions=())
@@ -71,10 +76,10 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
             for turn, kind in enumerate(row, 1):
                 total[kind] += 1
                 right[kind] += bool(good[b][s.turn[b] == turn].all())
-    scores = {k: share(right[k], total[k]) for k in data.VISUAL}
+    scores = {k: share(right[k], total[k]) for k in world.kinds}
     reason = share(sum(right[k] for k in data.REASON), sum(total[k] for k in data.REASON))
-    return {'mean': mean_of(list(scores.values())), **scores, 'reason': reason}
-
+    reason = {'reason': reason} if reason['n'] else {}             # not asked about real pictures
+    return {'mean': mean_of(list(scores.values())), **scores, **reason}
 
 def blind(world: World, n=512, split='test') -> dict:
     """Such questions about the same scenes, answered from their words alone: the answer most frequent
@@ -82,10 +87,8 @@ def blind(world: World, n=512, split='test') -> dict:
     def asked(split, first, count):
         for i in range(math.ceil(count / 64)):
             scenes, _, rng = world.scenes(split, first + i, 64, pixels=False)
-            for kind, (objs, theme) in product(data.VISUAL, scenes):
-                if qa := data.Questions(objs, theme, rng).ask(kind):
-                    yield kind, *qa
-
+            yield from ((kind, *qa) for kind in world.kinds for scene in scenes
+                        for qa in world.ask(scene, kind, rng))
     seen, right, total = defaultdict(Counter), Counter(), Counter()
     for kind, question, answer in asked('train', 2**30, 16 * n):
         seen[question][answer] += 1
@@ -94,10 +97,9 @@ def blind(world: World, n=512, split='test') -> dict:
         ranked = [a for a, _ in seen[question if question in seen else kind].most_common()]
         total[kind] += 1
         named = [a for a in ranked if a in question.split(',')[-1]] * (question not in seen)
-        right[kind] += answer == (named or ranked)[0]
-    scores = {k: share(right[k], total[k]) for k in data.VISUAL}
+        right[kind] += answer == (named or ranked or [''])[0]
+    scores = {k: share(right[k], total[k]) for k in world.kinds}
     return {'mean': mean_of(list(scores.values())), **scores}
-
 
 # ---- generation: GenEval's six categories (Ghosh et al. 2023, section 3) and a verifier by rule ----
 def components(mask, label):
@@ -109,7 +111,6 @@ def components(mask, label):
         ids = grown
     return ids.amax(1).long()                                                         # [B,S,S]
 
-
 def templates(size: int, device):
     """Binary pictures of each shape at 10 radii and 4 half-pixel offsets -> [5 * 40, 1, P, P]."""
     axis = torch.arange(-(half := math.ceil(data.NEAR * 1.1 * size) + 1), half + 1, device=device)  # [P]
@@ -117,7 +118,6 @@ def templates(size: int, device):
     inside = [data.distance_field(k, (axis - x)[None] / r, (axis - y)[:, None] / r) < 0
               for k in range(len(data.SHAPES)) for r in radii for x in (0, .5) for y in (0, .5)]
     return torch.stack(inside)[:, None].float()                                       # [200,1,P,P]
-
 
 def detect(images) -> list[list[data.Object]]:
     """Objects in pictures [B, 3, S, S]: connected saturated regions of one colour and 2% of the picture,
@@ -152,7 +152,6 @@ def detect(images) -> list[list[data.Object]]:
                 todo += [(b, rest)] if rest.sum() >= .02 * S * S else []
     return found
 
-
 def satisfied(wanted: list[data.Object], category: str, found: list[data.Object]) -> bool:
     """Do objects `found` make the caption of `wanted` true, and no more? (GenEval allows more except
     in counting.) Position by its rule: the centre is off that way by more than a margin."""
@@ -166,7 +165,6 @@ def satisfied(wanted: list[data.Object], category: str, found: list[data.Object]
     off = {'left of': b.x - a.x, 'right of': a.x - b.x, 'above': b.y - a.y, 'below': a.y - b.y}
     return off[data.relation(*wanted)] > .1
 
-
 def prompts(world: World, category: str, n: int, split='test'):
     """n scenes that fit a category -> (captions, wanted objects, true pictures [n, 3, S, S])."""
     (style, count), out, index = CATEGORIES[category], [], 2**20
@@ -179,7 +177,6 @@ def prompts(world: World, category: str, n: int, split='test'):
         index += 1
     texts, wanted, images = zip(*out[:n])
     return texts, wanted, torch.stack(images)
-
 
 @torch.no_grad()
 def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
@@ -198,28 +195,63 @@ def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
     return {'mean': mean_of(list(scores.values())), **scores, 'verifier': mean_of(verifier),
             'ceiling': mean_of(ceiling)}
 
+def reader(world: Folder, steps=600, B=64, rare=.02):
+    """No rule verifies a real picture: a small CNN learns from the training split which words of a
+    caption hold. -> f(pictures, captions): counts [n, words, (hits, true, right noes, false)]."""
+    said = [set(re.findall(r'\w+', row['caption'].lower())) for row in world.rows['train']]
+    often = {w: k / len(said) for w, k in Counter(w for words in said for w in words).items()}
+    words = sorted(w for w, p in often.items() if rare <= p <= 1 - rare)
+    label = lambda texts: torch.tensor([[float(w in re.findall(r'\w+', text.lower())) for w in words]
+                                        for text in texts], device=world.device)      # [n,words]
+    conv = lambda a, b: (torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.GroupNorm(8, b), torch.nn.GELU())
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        head = torch.nn.Linear(128 * math.ceil(world.size / 8) ** 2, len(words))
+        net = torch.nn.Sequential(*conv(3, 32), *conv(32, 64), *conv(64, 128), torch.nn.Flatten(),
+                                  torch.nn.Dropout(), head).to(world.device)
+        opt = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
+        falling = torch.optim.lr_scheduler.LinearLR(opt, 1, 0, steps)
+        weight = torch.tensor([1 / often[w] - 1 for w in words], device=world.device)
+        for step in range(steps):
+            rows, r, _ = world.scenes('train', 2**30 + step, B)
+            F.binary_cross_entropy_with_logits(net(r.image), label([row['caption'] for row in rows]),
+                                               pos_weight=weight).backward()
+            opt.step(), opt.zero_grad(), falling.step()
+    def read(images, texts):
+        true, pred = label(texts) > 0, net.eval()(images) > 0                         # [n,words]
+        return torch.stack([true & pred, true, ~true & ~pred, ~true], -1).double().cpu()
+    return read
+
+@torch.no_grad()
+def recognition(umm, tok, world: Folder, n=192, cfg=2., split='test') -> dict:
+    """Generation on real pictures: how well `reader` tells the words of n captions in pictures drawn
+    from them, mean over words of balanced accuracy (chance 1/2). `verifier`: in true pictures, that is
+    its own accuracy; `ceiling`: in these after the tokenizer; `other`: in what other captions drew."""
+    rows, r, _ = world.scenes(split, 2**20, n)
+    texts, read, g = [row['caption'] for row in rows], reader(world), torch.Generator(world.device)
+    drawn = tok.decode(draw(umm, world.text, texts, g.manual_seed(0), cfg=cfg)[0])
+    score = lambda c: ((c[:, 0] / c[:, 1] + c[:, 2] / c[:, 3]) / 2).nanmean()         # c [words,4]
+    pictures = {'mean': drawn, 'verifier': r.image, 'ceiling': tok.decode(tok.encode(r.image)),
+                'other': drawn.roll(1, 0)}
+    return {k: bootstrap(score, read(x, texts)) for k, x in pictures.items()}
 
 # ---- segmentation and tokenizer ----
-def classes_of(images):
+def classes_of(images, palette=data.PALETTE):
     """Segmentation pictures [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
-    palette = data.PALETTE.to(images.device) / 255
-    return (images.permute(0, 2, 3, 1)[..., None, :] - palette).square().sum(-1).argmin(-1)  # [B,S,S]
+    return torch.cdist(images.permute(0, 2, 3, 1), palette.to(images.device) / 255).argmin(-1)  # [B,S,S]
 
-
-def miou(pred, true) -> dict:
-    """Mean over classes of intersection over union, pooled over pictures [n, S, S]; bootstrapped."""
-    k = len(data.CLASSES)
-    joint = F.one_hot((true * k + pred).flatten(1), k * k).sum(1).double()            # [n,k*k]
+def miou(pred, true, k=len(data.CLASSES)) -> dict:
+    """Mean over the classes that occur of intersection over union, pooled over pictures [n, S, S] with
+    classes < k; pixels whose true class is 255 do not count. Bootstrapped over pictures."""
+    both = torch.where(true == 255, k * k, true * k + pred).flatten(1)                # [n,S*S]
+    joint = torch.stack([x.bincount(minlength=k * k + 1)[:-1] for x in both]).double()  # [n,k*k]
 
     def score(c):                                        # confusion [..., k*k] -> mIoU [...]
         c = c.unflatten(-1, (k, k))                                                   # [...,true,pred]
         inside = c.diagonal(dim1=-2, dim2=-1)
-        return (inside / (c.sum(-1) + c.sum(-2) - inside).clamp(min=1)).mean(-1)
-    pick = torch.randint(len(joint), (400, len(joint)), generator=torch.Generator().manual_seed(0))
-    draws = score(torch.stack([joint[i].sum(0) for i in pick]))                       # [400]
-    low, high = draws.quantile(torch.tensor([.025, .975], dtype=torch.double)).tolist()
-    return {'value': score(joint.sum(0)).item(), 'low': low, 'high': high, 'n': len(true)}
-
+        union = c.sum(-1) + c.sum(-2) - inside                                        # [...,k]
+        return (inside / union.clamp(min=1)).sum(-1) / (union > 0).sum(-1)
+    return bootstrap(score, joint)
 
 @torch.no_grad()
 def segmentation(umm, tok, world: World, n=192, split='test') -> dict:
@@ -229,15 +261,15 @@ def segmentation(umm, tok, world: World, n=192, split='test') -> dict:
     drawn = tok.decode(umm.generate(s, temperature=0))
     best = tok.decode(tok.encode(target))
     true = r.classes.cpu()
-    return {'miou': miou(classes_of(drawn).cpu(), true), 'ceiling': miou(classes_of(best).cpu(), true)}
-
+    score = lambda x: miou(classes_of(x, r.palette).cpu(), true, len(r.palette))
+    return {'miou': score(drawn), 'ceiling': score(best)}
 
 @torch.no_grad()
 def tokenizer(tok, world: World, n=512, split='test') -> dict:
     """PSNR in dB of pictures and of each proxy's maps, mIoU of masks, codes used, perplexity of all."""
     _, r, _ = world.scenes(split, 2**22, n)
     scores, count = {}, torch.zeros(tok.c.codebook)
-    for name, proxy in {**data.MAPS, 'recon': data.PROXIES['recon']}.items():
+    for name, proxy in {**world.maps, 'recon': data.PROXIES['recon']}.items():
         x = proxy(r)
         codes = tok.encode(x)
         count += codes.flatten().bincount(minlength=tok.c.codebook).cpu()
@@ -245,11 +277,11 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
         mse = (x - y).square().mean((1, 2, 3))                                        # [n]
         scores['psnr' if name == 'recon' else 'psnr_' + name] = mean(-10 * mse.log10().cpu())
         if name == 'seg':
-            scores['mask_ceiling'] = miou(classes_of(y).cpu(), r.classes.cpu())
+            got = classes_of(y, r.palette).cpu()
+            scores['mask_ceiling'] = miou(got, r.classes.cpu(), len(r.palette))
     p = count / count.sum()
     return {**scores, 'used': share(int((count > 0).sum()), len(count)),
             'perplexity': torch.exp(-(p * (p + 1e-10).log()).sum()).item()}
-
 
 def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
@@ -268,62 +300,63 @@ def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
         y += heights[k]
     return canvas
 
-
 @torch.no_grad()
 def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
     """What the model can do, on validation scenes: drawings of texts; input, generated map, true map and
     a question with the model's answer and, where that is wrong, the true one."""
-    g = torch.Generator(world.device).manual_seed(1)
-    kinds = list(CATEGORIES)
-    wanted = [prompts(world, kinds[i % len(kinds)], i + 1, 'val')[0][i] for i in range(n)]
-    drawn = tok.decode(draw(umm, world.text, wanted, g, cfg=cfg)[0])
-    s, target, r = world.proxies('val', 2**21, n, 'seg')
-    s.image = umm.inputs(tok, r.image)
-    maps = tok.decode(umm.generate(s, temperature=0))
-    scenes, _, rng = world.scenes('val', 2**21, n)
-    kinds, qa = list(data.VISUAL), []
-    for i, (objs, theme) in enumerate(scenes):
-        ask = data.Questions(objs, theme, rng)
-        qa.append(next(x for k in kinds[i % len(kinds):] + kinds if (x := ask.ask(k))))
-    s = data.pack(world.text, [[(q, None)] for q, _ in qa], s.image, world.device)
-    notes = [f'{q} {a}' + (f' (true: {t})' if a != t else '')
-             for (q, t), a in zip(qa, write(umm, world.text, s, temperature=0))]
-    return grid([drawn, r.image, maps, target], [wanted, [], [], notes])
-
+    scenes, r, rng = world.scenes('val', 2**21, n)
+    rows, notes, image = [r.image], [[]], umm.inputs(tok, r.image)
+    if world.captions:
+        kinds, g = list(CATEGORIES), torch.Generator(world.device).manual_seed(1)
+        wanted = [world.describe(s, 'list', rng) for s in scenes] if isinstance(world, Folder) else \
+            [prompts(world, kinds[i % len(kinds)], i + 1, 'val')[0][i] for i in range(n)]
+        rows, notes = [tok.decode(draw(umm, world.text, wanted, g, cfg=cfg)[0]), *rows], [wanted, *notes]
+    if 'seg' in world.maps:
+        s, target, _ = world.proxies('val', 2**21, n, 'seg')
+        s.image = image
+        rows, notes = [*rows, tok.decode(umm.generate(s, temperature=0)), target], [*notes, [], []]
+    if kinds := list(world.kinds):
+        qa = [next((x for k in kinds[i % len(kinds):] + kinds for x in world.ask(scene, k, rng)), '  ')
+              for i, scene in enumerate(scenes)]
+        s = data.pack(world.text, [[(q, None)] for q, _ in qa], image, world.device)
+        notes[-1] = [f'{q} {a}' + (f' (true: {t})' if a != t.lower() else '')
+                     for (q, t), a in zip(qa, write(umm, world.text, s, temperature=0))]
+    return grid(rows, notes)
 
 # ---- everything at once ----
 def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
     """All measurements, nested; n pictures for understanding, in proportion for the others."""
     umm.eval(), tok.eval()
-    world = World(world.size, 0, world.device, world.text)     # the same scenes for every run
+    world, real = copy.copy(world), isinstance(world, Folder)
+    world.seed, n = 0, min(n, len(world.rows[split])) if real else n     # the same scenes for every run
+    drawing = recognition(umm, tok, world, min(n, 192), cfg, split) if real and world.captions else \
+        {} if real else generation(umm, tok, world, max(2, n // 8), cfg, split)
+    maps = 'seg' in world.maps and segmentation(umm, tok, world, min(256, max(2, n * 3 // 8)), split)
+    chance = {} if real else data.CHANCE | {'mean': sum(data.CHANCE.values()) / len(data.CHANCE)}
     return {'understanding': understanding(umm, tok, world, n, split), 'blind': blind(world, n, split),
-            'generation': generation(umm, tok, world, max(2, n // 8), cfg, split=split),
-            'segmentation': segmentation(umm, tok, world, min(256, max(2, n * 3 // 8)), split),
+            'chance': chance, 'generation': drawing, 'segmentation': maps or {},
             'tokenizer': tokenizer(tok, world, n, split)}
-
 
 def table(scores: dict) -> str:
     """The scores as Markdown."""
     show = lambda f: f'{f:.0f}' if isinstance(f, float) else '-' if not f['n'] else \
         f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]"
-    chance, rows = dict(data.CHANCE, mean=sum(data.CHANCE.values()) / len(data.CHANCE)), []
+    chance, rows = scores.get('chance', {}), []
     for part in ('understanding', 'generation', 'segmentation', 'tokenizer'):
         rows += [('**' + part + '**', '[95% interval]', 'n', *['blind', 'chance'] * (not rows))]
         for k, f in scores[part].items():
-            seen = part == 'understanding' and k in chance
-            rows += [(k, show(f), '' if isinstance(f, float) else f['n'],
-                      *((show(scores['blind'][k])[:5], f'{chance[k]:.3f}') if seen else ()))]
+            beside = [show(scores['blind'][k])[:5], f'{chance[k]:.3f}' if chance else ''] if (
+                part == 'understanding' and k in scores['blind']) else []
+            rows += [(k, show(f), '' if isinstance(f, float) else f['n'], *beside)]
     lines = ['| ' + ' | '.join(f'{c!s:<{w}}' for c, w in zip((*r, '', ''), (17, 23, 5, 5, 6))) + ' |'
              for r in rows]
     return '\n'.join([lines[0], '|' + '---|' * 5, *lines[1:]])
-
 
 def report(scores: dict, path: Path):
     """Print the table and write it, with all digits, to `path`."""
     print(table(scores))
     Path(f'{path}.part').write_text(json.dumps(scores, indent=1) + '\n')
     os.replace(f'{path}.part', path)
-
 
 def choose_device(device='auto', dtype='auto', threads=0):
     """The one place where both are chosen: -> (torch.device, bfloat16?); prints them with the reason."""
@@ -345,22 +378,23 @@ def choose_device(device='auto', dtype='auto', threads=0):
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     return torch.device(name), bf16
 
-
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
+    p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     a = p.parse_args(argv)
     if a.n < 16 or not 0 <= a.cfg <= 100:
         raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
     device, _ = choose_device()
     tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
-    scores = evaluate(umm, tok, World(umm.c.size, 0, device, text), a.n, a.cfg, a.split)
+    s = meta['settings']
+    world = open_world(a.data or s.get('data'), umm.c.size, 0, device, text, s.get('skip_bad'))
+    scores = evaluate(umm, tok, world, a.n, a.cfg, a.split)
     report(scores, Path(a.run) / f'scores_{a.split}.json')
-
 
 if __name__ == '__main__':
     data.guard(main)

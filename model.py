@@ -313,14 +313,13 @@ class UMM(nn.Module):
         told = (s.turn == 1).sum(1, keepdim=True)                                     # [B,1]
         back = told + torch.arange(-3, 0, device=told.device)                         # [B,3]
         ids, turn = s.text.gather(1, back.clamp(min=0)), torch.where(back < 0, -1, 1)
-        token = torch.full((B,), self.c.codebook if draw else first, device=s.text.device)
-        tokens, done = [], torch.zeros_like(token, dtype=torch.bool)
+        token = told[:, 0] * 0 + (self.c.codebook if draw else first)                 # [B or 2B]
+        tokens, done = [], torch.zeros_like(token[:B], dtype=torch.bool)
         for i in range(length):
-            both = token.repeat(1 + guided)
             if draw:
-                x, at = self.code_embed(both) + self.position()[i], self.rc[None, i:i + 1]    # [B,C]
+                x, at = self.code_embed(token) + self.position()[i], self.rc[None, i:i + 1]   # [B,C]
             else:
-                ids, turn = torch.cat([ids, both[:, None]], 1), F.pad(turn, (0, 1), value=1)
+                ids, turn = torch.cat([ids, token[:, None]], 1), F.pad(turn, (0, 1), value=1)
                 x = self.embed_text(ids, turn)[:, -1]                                 # [B,C]
                 at = (self.c.grid + told + i)[..., None].repeat(1, 1, 2)              # [B,1,2]
             x0, rope = norm(x := x[:, None]), self.rope(at)                           # [B,1,C]
@@ -330,10 +329,10 @@ class UMM(nn.Module):
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + cfg * (c - u)
-            token = pick(logits, temperature, top_k, generator)                       # [B]
-            tokens.append(token)
-            if (done := done | (token == stop)).all():
+            tokens.append(pick(logits, temperature, top_k, generator))                # [B]
+            if (done := done | (tokens[-1] == stop)).all():
                 break
+            token = tokens[-1].repeat(1 + guided)
         return torch.stack(tokens, 1)                                                 # [B,n]
 
 def pick(logits, temperature: float, top_k: int, generator=None):

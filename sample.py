@@ -11,48 +11,20 @@ size and mode; it is turned upright, laid on white and resized to the model's si
 import argparse
 import math
 import os
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import data
 from data import UserError
+from folder import read_image
 from model import draw, load, write
 
-MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
 TASKS = {'draw': ('draw pictures of a text', ''), 'ask': ('answer a question about a picture', ''),
          'caption': ('describe a picture', 'list'), 'segment': ('generate its map of classes', 'seg'),
          'depth': ('its depth map (run with --proxy depth)', 'depth map'),
          'edges': ('its edges (--proxy edge)', 'edge'), 'copy': ('it again (--proxy recon)', 'recon')}
-
-
-def read_image(path, size: int):
-    """A picture file of any size and mode -> [1, 3, size, size] in [0, 1]."""
-    try:
-        warnings.simplefilter('ignore')        # of PIL, about damaged parts; MAX_PIXELS is stricter
-        with Image.open(path) as im:
-            if im.width * im.height > MAX_PIXELS:
-                raise UserError(f'{path} has {im.width} x {im.height} pixels, {MAX_PIXELS:,} at most: '
-                                'shrink it')
-            im = ImageOps.exif_transpose(im)
-            if im.mode.startswith(('I', 'F')):       # 16 bits and float: stretch to 8 bits, do not clip
-                a = np.asarray(im, dtype=np.float32)
-                im = Image.fromarray(((a - a.min()) / max(1e-6, np.ptp(a)) * 255).astype(np.uint8))
-            im = im.convert('RGBA')
-            im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
-            pixels = np.array(im.resize((size, size), Image.BOX))                     # [S,S,3]
-    except FileNotFoundError:
-        raise UserError(f'there is no picture {path}')
-    except UserError:
-        raise
-    except Exception as e:                           # PIL raises many kinds on broken files
-        raise UserError(f'cannot read {path} as a picture ({type(e).__name__}: {str(e)[:60]}): '
-                        'give a PNG or JPEG')
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255                      # [1,3,S,S]
-
 
 def parse(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -80,13 +52,11 @@ def parse(argv=None):
             raise UserError(f'--{name} is {getattr(a, name)}: from {low} to {high}')
     return a
 
-
 def newest_checkpoint():
     found = sorted(Path('out').glob('*/model.safetensors'), key=os.path.getmtime)
     if not found:
         raise UserError('no checkpoint under out/: make one with `python train.py` or name --checkpoint')
     return found[-1]
-
 
 @torch.no_grad()
 def main(argv=None):
@@ -101,7 +71,7 @@ def main(argv=None):
                         'the text is empty: write what to draw or to ask')
     image = None
     if a.task != 'draw':
-        image = read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1)
+        image = read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1) / 255
         image = umm.inputs(tok, image)
     s = data.pack(text, [[(prompt, None)]] * a.n, image, device)
     how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k,
@@ -126,7 +96,6 @@ def main(argv=None):
         part.unlink(missing_ok=True)
         raise UserError(f'cannot write {a.out} ({e.strerror}): choose another --out')
     print(f"wrote {a.out}: {a.n} picture{'s' * (a.n > 1)} of {checkpoint}")
-
 
 if __name__ == '__main__':
     data.guard(main)

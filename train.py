@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from data import UserError, World
+from data import PROXIES, UserError
+from folder import open_world
 from model import Config, UMM, VQTokenizer, load, save
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 opt = lambda default, help: field(default=default, metadata={'help': help})
-
 
 @dataclass
 class Settings:
@@ -38,6 +38,8 @@ class Settings:
     out: str = opt('', 'run folder; when not given: out/<preset>')
     resume: bool = opt(False, 'go on with the run in the folder')
     overwrite: bool = opt(False, 'throw away the run in the folder')
+    data: str = opt('', 'folder of real pictures, see README; empty: the procedural world')
+    skip_bad: bool = opt(False, 'leave out bad rows of --data instead of stopping')
     init: str = opt('', 'a pretrained.safetensors to post-train, instead of the first two stages')
     seed: int = opt(0, 'seed of weights, scenes, order and questions')
     device: str = opt('auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu')
@@ -61,7 +63,7 @@ class Settings:
     post_ask: int = opt(8, 'pictures with questions a step, post-training')
     post_draw: int = opt(10, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
-    proxy: str = opt('seg', f"map to generate, post-training: {', '.join(data.PROXIES)} or none")
+    proxy: str = opt('seg', f"map to generate, post-training: {', '.join(PROXIES)} or none")
     control: str = opt('none', 'none; shuffled: maps of other pictures; frozen: the map moves no block; '
                        'first: maps alone in half of the stage, then questions alone')
     questions: int = opt(12, 'questions asked about each picture')
@@ -84,7 +86,6 @@ class Settings:
     save_every: int = opt(200, 'steps between checkpoints')
     sample_every: int = opt(400, 'steps between sample pictures')
 
-
 PRESETS = {
     'cpu': {}, 'gpu': dict(
         size=64, codebook=1024, vq_width=192, vq_depth=3, n_layer=8, n_head=8, n_embd=384,
@@ -93,7 +94,6 @@ PRESETS = {
     'test': dict(size=16, codebook=64, vq_width=16, vq_depth=1, n_layer=1, n_head=2, n_embd=32,
                  tok_steps=8, tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2,
                  post_draw=2, questions=4, eval_n=32, log_every=2, save_every=4, sample_every=8)}
-
 
 # ---- optimizers ----
 def orthogonalize(G, steps=5):
@@ -104,7 +104,6 @@ def orthogonalize(G, steps=5):
         A = X @ X.mT                                                                  # [n,min,min]
         X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
     return X if wide else X.mT
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024). torch.optim.Muon always computes in bfloat16, 100
@@ -129,13 +128,11 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group['lr'] * group['decay'])
                     p.add_(u.view_as(p), alpha=-group['lr'] * scale)
 
-
 def optimizers(model, lr, muon_lr):
     """Muon for the hidden matrices and convolutions of blocks, AdamW for all else."""
     inner = lambda name, p: p.ndim > 1 and (name.startswith('blocks.') or '.conv' in name)
     hidden, rest = ([p for n, p in model.named_parameters() if inner(n, p) is x] for x in (True, False))
     return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)]
-
 
 # ---- a run: its folder, log and checkpoint ----
 class Run:
@@ -169,7 +166,11 @@ class Run:
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
         self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
         self.logfile.truncate()
-        self.world = World(s.size, s.seed, device, text if s.resume or s.init else None)
+        text = text if s.resume or s.init else None
+        self.world = open_world(s.data, s.size, s.seed, device, text, s.skip_bad)
+        if s.proxy not in (*self.world.maps, 'seg', 'recon', *data.SPOIL, 'none'):
+            raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
+                            f"{', '.join(self.world.maps)}, recon, {', '.join(data.SPOIL)} or none")
         if not s.resume:
             state.unlink(missing_ok=True), state.with_stem('model').unlink(missing_ok=True)
         if not s.resume and not s.init:
@@ -203,7 +204,6 @@ class Run:
                 p = opts[int(i)].param_groups[0]['params'][int(j)]
                 like = p if t.shape == p.shape else t
                 opts[int(i)].state[p][k] = torch.empty_like(like, device=p.device).copy_(t)
-
 
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: float, sample):
     """The one training loop. loss_of(step) -> {name: loss}, 'loss' is minimised; sample(run) ->
@@ -255,16 +255,15 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
     run.stage, run.step = (STAGES[index + 1], 0) if stage != STAGES[-1] else (stage, steps)
     run.save('state.safetensors', run.stage, run.step)
 
-
 # ---- the three stages ----
 def train_tokenizer(run: Run):
     """Autoencode pictures and the maps of all proxies together: one codebook has to draw them all."""
-    s, world, maps = run.s, run.world, list(data.MAPS.values())
+    s, world, maps = run.s, run.world, list(run.world.maps.values())
 
     def loss_of(step):
         _, r, _ = world.scenes('train', step, s.tok_batch)
-        half, most = s.tok_batch // 2, s.tok_batch * 3 // 4     # 1/2 pictures, 1/4 masks, 1/4 maps
-        x = torch.cat([r.image[:half], data.seg(r)[half:most],
+        half, most = s.tok_batch // 2, s.tok_batch * 3 // 4     # 1/2 pictures, 1/4 masks, 1/4 all
+        x = torch.cat([r.image[:half], maps[0](r)[half:most],
                        *(f(r)[most + i::len(maps)] for i, f in enumerate(maps))])     # [B,3,S,S]
         y, _, commitment = run.tok(x)
         mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
@@ -273,24 +272,23 @@ def train_tokenizer(run: Run):
     def sample(run):
         _, r, _ = world.scenes('val', 0, 8)
         both = lambda x: (x, run.tok.decode(run.tok.encode(x)))
-        rows = [x for f in (*maps, data.PROXIES['recon']) for x in both(f(r))]
+        rows = [x for f in (*maps, PROXIES['recon']) for x in both(f(r))]
         return evaluation.tokenizer(run.tok, world, 128, 'val'), evaluation.grid(rows)
 
     loop(run, 'tokenizer', run.tok, loss_of, s.tok_steps, s.tok_lr, s.muon_lr, sample)
     run.tok.eval().requires_grad_(False)
-
 
 def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1.) -> dict:
     """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
     a map. Each loss is a mean of fixed weight, whatever the number of pictures."""
     s, world, tok, umm, out, loss = run.s, run.world, run.tok, run.umm, {}, 0
     forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
-    if ask:
+    if ask and (world.kinds or world.captions):
         seq, _ = world.questions('train', 3 * step, ask, s.questions)
         seq.image = umm.inputs(tok, seq.image)
         out['text'] = forward(seq)[0]
         loss = w_text * out['text']
-    if draw:
+    if draw and world.captions:
         seq, target = world.drawings('train', 3 * step + 1, draw, s.drop)
         seq.codes = tok.encode(target)
         plan, out['draw'] = forward(seq)
@@ -307,12 +305,10 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
         loss = loss + s.w_proxy * out[s.proxy]
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
-
 def sample_umm(run: Run):
     """-> understanding of a few validation pictures, and a picture of what the model can do."""
     return (evaluation.understanding(run.umm, run.tok, run.world, 128, 'val'),
             evaluation.picture(run.umm, run.tok, run.world, run.s.cfg))
-
 
 def pretrain(run: Run):
     """Text -> picture, and picture -> text (captions and questions)."""
@@ -320,18 +316,17 @@ def pretrain(run: Run):
     loss_of = lambda step: umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)
     loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, s.muon_lr, sample_umm)
 
-
 def posttrain(run: Run):
     """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions."""
     s = run.s
-    proxies = 0 if s.proxy == 'none' else round(s.ratio * s.post_ask)
+    off = s.proxy == 'none' or s.proxy == 'seg' and 'seg' not in run.world.maps
+    proxies = 0 if off else round(s.ratio * s.post_ask)
 
     def loss_of(step):
         late = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1      # as much in all
         return umm_losses(run, s.pre_steps + step, late * s.post_ask, s.post_draw,
                           (2 - late) * proxies, s.w_text, s.w_draw)
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
-
 
 # ---- command line ----
 def parse(argv=None) -> Settings:
@@ -340,7 +335,8 @@ def parse(argv=None) -> Settings:
     for f in dataclasses.fields(Settings):
         how = {'type': type(f.default), 'metavar': type(f.default).__name__}
         how = {'action': argparse.BooleanOptionalAction} if isinstance(f.default, bool) else how
-        p.add_argument('--' + f.name, help=f"{f.metadata['help']} (default {f.default!r})", **how)
+        names = dict.fromkeys(('--' + f.name, '--' + f.name.replace('_', '-')))      # both spellings
+        p.add_argument(*names, help=f"{f.metadata['help']} (default {f.default!r})", **how)
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     preset = given.get('preset', 'auto')
     if preset == 'auto':
@@ -352,7 +348,6 @@ def parse(argv=None) -> Settings:
     check(s)
     return s
 
-
 def check(s: Settings):
     """Name impossible settings before anything is written."""
     zero = lambda k: any(x in k for x in 'seed threads _draw ratio drop hide w_ warm cool cfg'.split())
@@ -360,7 +355,7 @@ def check(s: Settings):
              for k, v in vars(s).items() if type(v) in (int, float)]
     rules += [(k, getattr(s, k) in allowed.split(), f'one of {allowed}') for k, allowed in (
         ('quantizer', 'vq fsq'), ('image_input', 'patch code'), ('dtype', 'auto float32 bfloat16'),
-        ('proxy', ' '.join(data.PROXIES) + ' none'), ('control', 'none shuffled frozen first'))]
+        ('proxy', ' '.join(PROXIES) + ' none'), ('control', 'none shuffled frozen first'))]
     rules += [('size', 16 <= s.size <= 512 and s.size % Config.patch == 0, '16 to 512, a multiple of 4'),
               ('n_embd', s.n_embd % (4 * s.n_head or 1) == 0, f'a multiple of {4 * s.n_head}'),
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
@@ -370,7 +365,6 @@ def check(s: Settings):
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
-
 
 def main(argv=None):
     begin, s = time.time(), parse(argv)
@@ -392,9 +386,9 @@ def main(argv=None):
     evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
     print(f"""\n{scores['minutes']:.1f} minutes. Now look at {run.dir}/samples.png, then try:
-    python sample.py draw "a red circle left of a blue square" --n 1
-    python train.py --proxy edge --out out/edge    # edges instead of segmentation: what changes?""")
-
+    python sample.py draw "{run.world.example}" --n 1
+    python train.py{' --data ' * bool(s.data) + s.data} --proxy edge --out out/edge
+which teaches edges instead of segmentation: what changes?""")
 
 if __name__ == '__main__':
     data.guard(main)

@@ -18,6 +18,7 @@ import data
 import eval as evaluation
 import model
 from data import UserError
+from folder import open_world
 
 MARGIN = .02                     # differences below 2 points are called none
 RULE = """\
@@ -62,7 +63,6 @@ SWEEPS = {
     'distinct pictures with questions': {'200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
     'input pictures': {'patches': 'seg', 'codes': 'seg-code'}}
 
-
 @lru_cache
 def t_table(df: int):
     """Angles and Student's distribution there: with t = sqrt(df) tan(a), a has density ~ cos(a)^(df-1)."""
@@ -70,16 +70,13 @@ def t_table(df: int):
     mass = np.cumsum(np.abs(np.cos(a)) ** (df - 1))
     return a, (mass - mass / mass[-1] * mass[0] / 2) / mass[-1]
 
-
 def t_quantile(p: float, df: int) -> float:
     a, below = t_table(df)
     return float(np.sqrt(df) * np.tan(np.interp(p, below, a)))
 
-
 def t_below(t: float, df: int) -> float:
     a, below = t_table(df)
     return float(np.interp(np.arctan(t / np.sqrt(df)), a, below))
-
 
 def paired(differences) -> dict:
     """Mean of paired differences, 95% t interval and two-sided p value; low = high = None for one pair."""
@@ -92,7 +89,6 @@ def paired(differences) -> dict:
         out |= {'low': float(d.mean() - half), 'high': float(d.mean() + half), 'p': p}
     return out
 
-
 def verdict(e: dict, no_change=False) -> str:
     """See RULE; no_change: the paper says that nothing moves."""
     if e['low'] is None:
@@ -104,7 +100,6 @@ def verdict(e: dict, no_change=False) -> str:
         return 'reproduced'
     return 'opposite' if e['high'] < 0 else 'not reproduced' if inside else 'undecided'
 
-
 def holm(ps: list) -> list:
     """Which of the p values (None = no test) stay below .05 after Holm's step-down correction."""
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
@@ -114,7 +109,6 @@ def holm(ps: list) -> list:
             break
         kept[i] = True
     return kept
-
 
 def look_up(result: dict, path: tuple):
     """A score by its path; layers by 'middle' or 'last'; 'half': validation accuracy at half time."""
@@ -129,7 +123,6 @@ def look_up(result: dict, path: tuple):
             value = value.get(key) if value else None
     return value['value'] if isinstance(value, dict) else value
 
-
 def collect(out: Path) -> dict:
     """{arm: {seed: result}} of all finished arms."""
     found = {}
@@ -141,13 +134,11 @@ def collect(out: Path) -> dict:
         raise UserError(f'no finished arm under {out}: run python -m experiments.reproduce first')
     return found
 
-
 def difference(found, arm, other, path):
     """Paired differences over the seeds that both arms finished."""
     seeds = sorted(found.get(arm, {}).keys() & found.get(other, {}).keys())
     values = [(look_up(found[arm][s], path), look_up(found[other][s], path)) for s in seeds]
     return paired([a - b for a, b in values if a is not None and b is not None])
-
 
 def claims_of(found) -> list[dict]:
     rows = []
@@ -161,15 +152,17 @@ def claims_of(found) -> list[dict]:
         row['survives_holm'] = kept
     return rows
 
-
 def table(head, rows) -> str:
     return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---'] * len(head), *rows])
-
 
 def baseline(arm: str) -> str:
     """The arm of questions alone that differs from `arm` in its maps only."""
     return arm.replace('seg', 'sft') if arm.startswith('seg-') else 'sft'
 
+def names_of(found, first: str) -> list:
+    """What was measured of understanding, generation or segmentation, in the order of eval.py."""
+    return list(dict.fromkeys(k for by_seed in found.values() for r in by_seed.values()
+                              for k in r['scores'].get(first, ())))
 
 def points(e) -> str:
     """An effect in percentage points with its interval."""
@@ -178,12 +171,10 @@ def points(e) -> str:
     tail = '' if e['low'] is None else f" [{100 * e['low']:+.1f}, {100 * e['high']:+.1f}]"
     return f"{100 * e['value']:+.1f}{tail}"
 
-
 def bars(effects) -> tuple[list, list]:
     """Effects in points (nan: none) and half-widths of their intervals (0: none), as errorbar takes them."""
     return ([np.nan if e['value'] is None else 100 * e['value'] for e in effects],
             [0 if e['low'] is None else 100 * (e['value'] - e['low']) for e in effects])
-
 
 def report(out: Path):
     """Write report.md, claims.json and the figures of all finished arms under `out`."""
@@ -195,13 +186,13 @@ def report(out: Path):
              table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'),
                    [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
                      c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
-    for title, names, first in (('Understanding', ('mean', *data.VISUAL, 'reason'), 'understanding'),
-                                ('Generation', ('mean', *evaluation.CATEGORIES), 'generation'),
-                                ('Segmentation', ('miou', 'ceiling'), 'segmentation')):
+    for title in ('Understanding', 'Generation', 'Segmentation'):
+        first = title.lower()
+        names = names_of(found, first)
         rows = []
         for arm, by_seed in found.items():
             values = [[look_up(r, (first, k)) for r in by_seed.values()] for k in names]
-            if None not in values[0]:
+            if values and None not in values[0]:
                 rows.append([arm, len(by_seed), *(f'{np.mean([x for x in v if x is not None]):.3f}'
                                                   if any(x is not None for x in v) else '-' for v in values),
                              points(difference(found, arm, baseline(arm), (first, names[0])))])
@@ -220,21 +211,26 @@ def report(out: Path):
         if any(arm in INK for arm in found):
             figures(out, found)
             sweeps(out, found)
-    targets(out)
+    settings = a_model(out, found)[4]['settings']
+    targets(out, open_world(settings.get('data'), settings['size'], 0, 'cpu'))
     samples(out, found)
     print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json, figures')
 
-
-def targets(out: Path, n=6):
+def targets(out: Path, world, n=6):
     """targets.png: input pictures, and the target of every proxy; of a restoration its spoilt input too."""
-    world, rows, names = data.World(32), [], []
-    for name in data.PROXIES:
+    rows, names = [], []
+    for name in [k for k in data.PROXIES if k in world.maps or k not in data.MAPS]:
         s, target, r = world.proxies('val', 0, n, name)
         spoilt = name in data.SPOIL
         rows += [r.image] * (not rows) + [s.image if spoilt else target]
         names += ['picture'] * (not names) + [f"{name}: input" if spoilt else name]
     evaluation.grid(rows, [[name] for name in names], scale=2).save(out / 'targets.png')
 
+def a_model(out: Path, found):
+    """The checkpoint of the first seed of the first arm, as model.load gives it; of `none` its base."""
+    arm, by_seed = next(iter(found.items()))
+    path = out / f'seed{min(by_seed)}' / arm / 'state.safetensors'
+    return model.load(path if path.exists() else path.parents[1] / 'base/pretrained.safetensors')
 
 @torch.no_grad()
 def samples(out: Path, found, n=6):
@@ -242,16 +238,15 @@ def samples(out: Path, found, n=6):
     drawings of the same prompts."""
     rows, names = [], []
     for arm in [a for a in INK if a in found]:
-        seed = min(found[arm])
-        path = out / f'seed{seed}' / arm / 'state.safetensors'
-        tok, umm, text, _, meta = model.load(path if path.exists() else path.parents[1] /
-                                             'base/pretrained.safetensors')
-        world = data.World(umm.c.size, 0, 'cpu', text)         # the same scenes for every arm
-        proxy = meta['settings']['proxy'] if path.exists() else 'none'
-        s, _, r = world.proxies('test', 2**21, n, proxy if proxy != 'none' else 'seg')
+        tok, umm, text, _, meta = a_model(out, {arm: found[arm]})
+        settings = meta['settings']
+        world = open_world(settings.get('data'), umm.c.size, 0, 'cpu', text)    # the same scenes for all
+        proxy = settings['proxy'] if meta['stage'] == 'posttrain' and arm != 'none' else 'none'
+        s, _, r = world.proxies('test', 2**21, n, proxy if proxy != 'none' else 'recon')
         if not rows:
             rows, names = [r.image], [['test pictures']]
-            wanted = [evaluation.prompts(world, c, 1, 'test')[0][0] for c in evaluation.CATEGORIES]
+            wanted = [evaluation.prompts(world, c, 1, 'test')[0][0] for c in evaluation.CATEGORIES] \
+                if not settings.get('data') else [row['caption'] for row in world.rows['test'][:n]]
         if proxy != 'none':
             if proxy in data.SPOIL:
                 rows.append(s.image)
@@ -264,7 +259,6 @@ def samples(out: Path, found, n=6):
         names.append([f'{arm}: "{w}"' for w in wanted])
     if rows:
         evaluation.grid(rows, names, scale=3).save(out / 'samples.png')
-
 
 def sweeps(out: Path, found):
     """sweeps.png: understanding above questions alone against what each sweep varies."""
@@ -287,7 +281,6 @@ def sweeps(out: Path, found):
     fig.savefig(out / 'sweeps.png')
     plt.close(fig)
 
-
 @torch.no_grad()
 def losses(run: Path):
     """losses.png: each loss of a run by step; a uniform guess (ln V, ln K) and the entropy of the unigram
@@ -299,7 +292,8 @@ def losses(run: Path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     tok, umm, text, _, meta = model.load(run / 'model.safetensors')
-    world, proxy, s = data.World(umm.c.size, 0, 'cpu', text), meta['settings']['proxy'], meta['settings']
+    proxy, s = meta['settings']['proxy'], meta['settings']
+    world = open_world(s.get('data'), umm.c.size, 0, 'cpu', text)
     entropy = lambda ids: torch.special.entr(ids.bincount() / ids.numel()).sum().item()
     asked, drawn = world.questions('val', 0, 128, s['questions'])[0], world.drawings('val', 1, 128)
     shown = {'text': (umm.c.vocab, asked.target), 'plan': (umm.c.vocab, drawn[0].target),
@@ -324,9 +318,25 @@ def losses(run: Path):
     plt.close(fig)
     print(f'wrote {run}/losses.png')
 
+def projected(out: Path, found):
+    """projection.png: object patches in the plane of their first two principal components, by arm."""
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(found), figsize=(2.4 * len(found), 2.6), squeeze=False)
+    for ax, (arm, by_seed) in zip(axes[0], found.items()):
+        p = by_seed[min(by_seed)]['scores']['projection']
+        xy, kind = np.array(p['xy']), np.array(p['shape'])
+        for k, (name, mark, ink) in enumerate(zip(data.SHAPES, 'os^P*', INK.values())):
+            ax.scatter(*xy[kind == k].T, s=9, marker=mark, color=ink, label=name, lw=0, alpha=.8)
+        ax.set(title=arm, xticks=[], yticks=[])
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center', bbox_to_anchor=(.5, -.06))
+    fig.suptitle('Object patches of test scenes, middle layer, first two principal components (one seed)',
+                 x=.12, y=1.03, ha='left', fontsize=9)
+    fig.savefig(out / 'projection.png')
+    plt.close(fig)
 
 def figures(out: Path, found):
-    """gains.png, generation.png, convergence.png, probe.png, attention.png, projection.png."""
+    """gains.png, generation.png, convergence.png; of the procedural world probe.png, attention.png,
+    projection.png."""
     import matplotlib.pyplot as plt
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                          'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
@@ -336,6 +346,7 @@ def figures(out: Path, found):
 
     def gains(name, first, names, base):
         arms = [a for a in shown if a != base]
+        names = [k for k in names if k not in ('verifier', 'ceiling', 'other')]
         fig, ax = plt.subplots(figsize=(max(6, len(names) * .95), 3.2))
         for i, arm in enumerate(arms):
             es = [difference(found, arm, base, (first, k)) for k in names]
@@ -349,22 +360,12 @@ def figures(out: Path, found):
         fig.savefig(out / name)
         plt.close(fig)
 
-    fig, axes = plt.subplots(1, len(shown), figsize=(2.4 * len(shown), 2.6), squeeze=False)
-    for ax, arm in zip(axes[0], shown):
-        p = found[arm][min(found[arm])]['scores']['projection']
-        xy, kind = np.array(p['xy']), np.array(p['shape'])
-        for k, (name, mark, ink) in enumerate(zip(data.SHAPES, 'os^P*', INK.values())):
-            ax.scatter(*xy[kind == k].T, s=9, marker=mark, color=ink, label=name, lw=0, alpha=.8)
-        ax.set(title=arm, xticks=[], yticks=[])
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center', bbox_to_anchor=(.5, -.06))
-    fig.suptitle('Object patches of test scenes, middle layer, first two principal components (one seed)',
-                 x=.12, y=1.03, ha='left', fontsize=9)
-    fig.savefig(out / 'projection.png')
-    plt.close(fig)
-
     base = 'sft' if 'sft' in found else shown[0]
-    gains('gains.png', 'understanding', ('mean', *data.VISUAL, 'reason'), base)
-    gains('generation.png', 'generation', ('mean', *evaluation.CATEGORIES), base)
+    probed = 'projection' in next(iter(found[shown[0]].values()))['scores']     # not of real pictures
+    if probed:
+        projected(out, {arm: found[arm] for arm in shown})
+    gains('gains.png', 'understanding', names_of(found, 'understanding'), base)
+    gains('generation.png', 'generation', names_of(found, 'generation'), base)
 
     def curves(name, panels, y_label, x_label):
         """panels: {title: function of a result -> [(x, y)]}"""
@@ -390,15 +391,18 @@ def figures(out: Path, found):
         plt.close(fig)
 
     at = lambda key: lambda r: [(x['step'], x['val'][key]) for x in r['log'] if x['stage'] == 'posttrain']
-    curves('convergence.png', {'mean of visual types': at('mean'), 'shape': at('shape'), 'what': at('what')},
+    types = names_of(found, 'understanding')
+    chosen = ('shape', 'what') if 'what' in types else types[1:3]
+    curves('convergence.png', {'mean of visual types': at('mean'), **{k: at(k) for k in chosen}},
            'validation accuracy', 'post-training step')
+    if not probed:
+        return
     by_layer = lambda group, key: lambda r: list(enumerate(r['scores'][group][key]))
     curves('probe.png', {k: by_layer('probe', k) for k in ('shape', 'colour', 'depth', 'object', 'control')},
            'balanced accuracy of a linear probe', 'layer (0 = embedding)')
     kinds = ('picture', 'asked object', 'draw: position')
     curves('attention.png', {k: by_layer('attention', k) for k in kinds},
            'share of attention', 'layer')
-
 
 if __name__ == '__main__':
     data.guard(lambda: losses(Path(sys.argv[1] if len(sys.argv) > 1 else 'out/cpu')))

@@ -4,6 +4,7 @@
     python -m experiments.reproduce                            ten arms x 5 seeds: the main comparison
     python -m experiments.reproduce --only controls|ratio|scale|questions|input
     python -m experiments.reproduce --report                   only write the report of what is finished
+    python -m experiments.reproduce --data DIR --only quick    on real pictures (see folder.py)
 
 One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same loss
 weights, on the same pictures, questions and drawings in the same order (not so `ratio-*` and `first`: other
@@ -12,6 +13,7 @@ again; a killed one resumes. Writes report.md, claims.json and figures under --o
 """
 import argparse
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -28,7 +30,8 @@ import data
 import eval as evaluation
 import model
 import train
-from data import COLOURS, SHAPES, UserError, World
+from data import COLOURS, SHAPES, UserError
+from folder import Folder
 
 PROXY_ARMS = ('edge', 'recon', 'denoise', 'deblur', 'superres', 'inpaint', 'depth', 'instance', 'seg')
 RATIOS, POOLS, ASKED = (.5, 1., 1.5, 2.5, 3.), (100, 400, 1600), (200, 800)
@@ -53,12 +56,11 @@ PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth',
 # Post-training shorter than the main job's: the arms are compared while there is still something to learn.
 STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
          'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '3']}
-RECIPE = 2                       # counts changes of model or training after which old arms must not be mixed in
+RECIPE = 3                       # counts changes of model or training after which old arms must not be mixed in
 PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
 
-
-class Limited(World):
-    """A World in which only the first `pictures` maps or `questions` pictures with questions exist."""
+class Limited:
+    """Mixed into a World: only the first `pictures` maps or `questions_` pictures with questions exist."""
     pictures = questions_ = 0
 
     @staticmethod
@@ -71,7 +73,6 @@ class Limited(World):
 
     def questions(self, split, index, B, Q, **how):
         return super().questions(split, self.again(split, index, B, self.questions_), B, Q, **how)
-
 
 # ---- probes: what a linear map can read from frozen features ----
 @torch.no_grad()
@@ -99,7 +100,6 @@ def features(umm, tok, world, split, index, n):
                                     torch.randint(5, labels['shape'].shape, generator=g))
     return torch.stack([x.flatten(0, 1) for x in layers]).cpu(), labels
 
-
 def ridge(X, y, X_test, strength=1e-2):
     """Ridge regression to one-hot labels, closed form; X standardised, [n, C]. -> predictions."""
     mean, std = X.mean(0), X.std(0) + 1e-6
@@ -107,7 +107,6 @@ def ridge(X, y, X_test, strength=1e-2):
     A, Y = add(X), F.one_hot(y).double()
     penalty = strength * len(X) * torch.eye(A.shape[1], dtype=A.dtype)
     return (add(X_test) @ torch.linalg.solve(A.T @ A + penalty, A.T @ Y)).argmax(-1)
-
 
 def probe(umm, tok, world, n=400) -> dict:
     """Balanced accuracy per task and layer on scenes that the probe has not seen (and accuracy on PAIRS
@@ -131,14 +130,12 @@ def probe(umm, tok, world, n=400) -> dict:
                 out.setdefault('/'.join(pair), []).append(right)
     return out
 
-
 def projection(umm, tok, world, n) -> dict:
     """The first two principal components of the middle layer at object patches, and their shapes."""
     X, y = features(umm, tok, world, 'test', 2**27, n)
     x = X[len(X) // 2][y['shape'] >= 0]
     x = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T       # [m,2]
     return {'xy': x.tolist(), 'shape': y['shape'][y['shape'] >= 0].tolist()}
-
 
 # ---- attention: the softmax weights of the forward pass itself ----
 @contextlib.contextmanager
@@ -156,19 +153,16 @@ def recorded():
     finally:
         model.attention = original
 
-
 def bucket(word: str) -> str:
     """object, colour, position or other: what a word of a prompt is about."""
     word = word.strip('.,?')
     return 'object' if word in SHAPES or word in data.PLURAL.values() else 'colour' if word in COLOURS else \
         'position' if word in 'top left right bottom above below of'.split() else 'other'
 
-
 def buckets(text, line: str) -> list[str]:
     """The bucket of each token of a line; a comma is 'other', not its word's."""
     return [kind for word in line.split() for kind in
             [bucket(word)] * (len(text.encode(word)) - word.endswith(',')) + ['other'] * word.endswith(',')]
-
 
 @torch.no_grad()
 def attention_shares(umm, tok, world, n=128) -> dict:
@@ -204,12 +198,10 @@ def attention_shares(umm, tok, world, n=128) -> dict:
         out['draw: ' + name] = [((w * m).sum(1) / w.sum(1)).mean().item() for w in text]
     return out
 
-
 # ---- one arm ----
 def base_of(arm: str) -> str:
     """The pre-trained run that an arm starts from; a base's is itself."""
     return 'base-code' if arm.endswith('-code') else 'base'
-
 
 def prepare(folder: Path, flags: list):
     """A Run in `folder`, resumed if it was begun before."""
@@ -217,14 +209,14 @@ def prepare(folder: Path, flags: list):
     s = train.parse([*flags, '--out', str(folder), '--resume' if begun else '--overwrite'])
     return train.Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
 
-
 def work(a, seed: int, arm: str):
     """Run one arm (or a base) to its result.json, its output to out.txt."""
     if boss := multiprocessing.parent_process():           # a worker must not outlive a plan that is killed
         threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
     base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
     flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
-             *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else [])]
+             *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else []),
+             *(['--data', a.data] if a.data else [])]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'out.txt', 'a') as out, contextlib.redirect_stdout(out):
         if arm == base:
@@ -242,40 +234,46 @@ def work(a, seed: int, arm: str):
             flags += ['--init', str(folder.parent / base / 'pretrained.safetensors'),
                       '--post_steps', str(round(steps))]
             run = prepare(folder, flags)
-            run.world = Limited(run.s.size, seed, run.device, run.world.text)
+            run.world.__class__ = type('LimitedWorld', (Limited, type(run.world)), {})
             run.world.pictures, run.world.questions_ = limits['pictures'], limits['questions']
             if arm != 'none':
                 train.posttrain(run)
             run.umm.eval()
             scores = measure(run, a.n)
-        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n, RECIPE], 'seconds': time.time() - begin,
-                  'steps': run.s.post_steps, 'scores': scores,
+        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n, RECIPE, a.data],
+                  'seconds': time.time() - begin, 'steps': run.s.post_steps, 'scores': scores,
                   'log': [json.loads(x) for x in run.lines if '"val"' in x]}
     (folder / 'result.part').write_text(json.dumps(result))
     os.replace(folder / 'result.part', folder / 'result.json')
 
-
 def measure(run, n) -> dict:
-    """All scores of an arm, on test scenes that are the same for every arm and seed."""
-    umm, tok, world = run.umm, run.tok, World(run.s.size, 0, run.device, run.world.text)
-    scores = {'understanding': evaluation.understanding(umm, tok, world, n),
-              'generation': evaluation.generation(umm, tok, world, max(2, n // 12), run.s.cfg),
-              'probe': probe(umm, tok, world, max(50, n * 3 // 4)),
-              'projection': projection(umm, tok, world, max(20, n // 10)),
-              'attention': attention_shares(umm, tok, world, max(16, n // 4))}
-    if run.s.proxy == 'seg':
+    """All scores of an arm, on test scenes that are the same for every arm and seed. Of real pictures no
+    scenes are known: there are no probes and no attention shares."""
+    umm, tok, world = run.umm, run.tok, copy.copy(run.world)
+    world.seed = 0
+    if isinstance(world, Folder):
+        n = min(n, len(world.rows['test']))
+        scores = {'generation': evaluation.recognition(umm, tok, world, min(n, 192), run.s.cfg)} \
+            if world.captions else {}
+    else:
+        scores = {'generation': evaluation.generation(umm, tok, world, max(2, n // 12), run.s.cfg),
+                  'probe': probe(umm, tok, world, max(50, n * 3 // 4)),
+                  'projection': projection(umm, tok, world, max(20, n // 10)),
+                  'attention': attention_shares(umm, tok, world, max(16, n // 4))}
+    scores['understanding'] = evaluation.understanding(umm, tok, world, n)
+    if run.s.proxy == 'seg' and 'seg' in world.maps:
         scores['segmentation'] = evaluation.segmentation(umm, tok, world, max(16, n // 4))
     evaluation.picture(umm, tok, world, run.s.cfg).save(run.dir / 'samples.png')
     return scores
-
 
 def execute(a, arms):
     """All that is not finished, at most --jobs at a time: the bases first, then their arms. A run that fails
     does not stop the others."""
     def done(seed, arm):
         path = a.out / f'seed{seed}' / arm / 'result.json'
-        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE]:
-            raise UserError(f'{path} is of another --preset, --n or recipe: choose another --out, or delete it')
+        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data]:
+            raise UserError(f'{path} is of another --preset, --n, --data or recipe: choose another --out, or '
+                            'delete it')
         return path.exists()
 
     need = {(seed, arm): base_of(arm) for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
@@ -303,7 +301,6 @@ def execute(a, arms):
     if failed:
         raise UserError('failed: ' + '; '.join(failed) + '. See out.txt there; the same command tries again')
 
-
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -312,6 +309,7 @@ def main(argv=None):
     p.add_argument('--arms', default='', help='arms by name, comma-separated, instead of a plan')
     p.add_argument('--preset', default='cpu', choices=STEPS, help='default cpu')
     p.add_argument('--out', type=Path, default=None, help='default out/reproduce')
+    p.add_argument('--data', default='', help='folder of real pictures instead of the procedural world')
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
     p.add_argument('--report', action='store_true', help='write the report only')
@@ -323,7 +321,9 @@ def main(argv=None):
     if not 1 <= a.seeds <= 100 or a.jobs < 0 or a.n < 0:
         raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}: 1 to 100 seeds, no negatives')
     a.device = 'cuda' if torch.cuda.is_available() and a.preset == 'gpu' else 'cpu'
-    a.out = (a.out or Path('out') / ('reproduce' + f'-{a.preset}' * (a.preset != 'cpu'))).resolve()
+    a.data = a.data and str(Path(a.data).resolve())
+    name = '-'.join(['reproduce', *[a.preset] * (a.preset != 'cpu'), *[Path(a.data).name] * bool(a.data)])
+    a.out = (a.out or Path('out') / name).resolve()
     a.jobs = a.jobs or (1 if a.device == 'cuda' else os.cpu_count())
     a.threads, a.n = max(1, os.cpu_count() // a.jobs), a.n or (64 if a.preset == 'test' else 512)
     os.environ['TQDM_DISABLE'] = '1'                           # the workers' bars would mix
@@ -337,7 +337,6 @@ def main(argv=None):
             raise UserError('stopped; finished arms are kept: the same command goes on')
     from experiments.report import report
     report(a.out)
-
 
 if __name__ == '__main__':
     data.guard(main)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import folder
 import model
 import sample
 import train
@@ -93,7 +94,7 @@ def test_any_picture_file_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / 'fuzz.png'
     path.write_bytes(content)
     try:
-        x = sample.read_image(path, 16)
+        x = folder.read_image(path, 16)[None] / 255
     except UserError as e:
         assert 'fuzz.png' in str(e) and '\n' not in str(e)
     else:
