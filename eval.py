@@ -77,9 +77,10 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
                 total[kind] += 1
                 right[kind] += bool(good[b][s.turn[b] == turn].all())
     scores = {k: share(right[k], total[k]) for k in world.kinds}
-    reason = share(sum(right[k] for k in data.REASON), sum(total[k] for k in data.REASON))
-    reason = {'reason': reason} if reason['n'] else {}             # not asked about real pictures
-    return {'mean': mean_of(list(scores.values())), **scores, **reason}
+    scores = {'mean': mean_of(list(scores.values())), **scores}
+    if asked := sum(total[k] for k in data.REASON):            # not about real pictures
+        scores['reason'] = share(sum(right[k] for k in data.REASON), asked)
+    return scores
 
 def blind(world: World, n=512, split='test') -> dict:
     """Such questions about the same scenes, answered from their words alone: the answer most frequent
@@ -87,8 +88,7 @@ def blind(world: World, n=512, split='test') -> dict:
     def asked(split, first, count):
         for i in range(math.ceil(count / 64)):
             scenes, _, rng = world.scenes(split, first + i, 64, pixels=False)
-            yield from ((kind, *qa) for kind in world.kinds for scene in scenes
-                        for qa in world.ask(scene, kind, rng))
+            yield from ((k, *qa) for k in world.kinds for s in scenes for qa in world.ask(s, k, rng))
     seen, right, total = defaultdict(Counter), Counter(), Counter()
     for kind, question, answer in asked('train', 2**30, 16 * n):
         seen[question][answer] += 1
@@ -195,14 +195,15 @@ def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
     return {'mean': mean_of(list(scores.values())), **scores, 'verifier': mean_of(verifier),
             'ceiling': mean_of(ceiling)}
 
-def reader(world: Folder, steps=600, B=64, rare=.02):
+def reader(world: Folder, steps: int, B=64, rare=.02):
     """No rule verifies a real picture: a small CNN learns from the training split which words of a
     caption hold. -> f(pictures, captions): counts [n, words, (hits, true, right noes, false)]."""
-    said = [set(re.findall(r'\w+', row['caption'].lower())) for row in world.rows['train']]
+    spoken = lambda text: set(re.findall(r'\w+', text.lower()))
+    said = [spoken(row['caption']) for row in world.rows['train']]
     often = {w: k / len(said) for w, k in Counter(w for words in said for w in words).items()}
     words = sorted(w for w, p in often.items() if rare <= p <= 1 - rare)
-    label = lambda texts: torch.tensor([[float(w in re.findall(r'\w+', text.lower())) for w in words]
-                                        for text in texts], device=world.device)      # [n,words]
+    label = lambda texts: torch.tensor([[float(w in s) for w in words] for s in map(spoken, texts)],
+                                       device=world.device)                           # [n,words]
     conv = lambda a, b: (torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.GroupNorm(8, b), torch.nn.GELU())
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
@@ -228,12 +229,13 @@ def recognition(umm, tok, world: Folder, n=192, cfg=2., split='test') -> dict:
     from them, mean over words of balanced accuracy (chance 1/2). `verifier`: in true pictures, that is
     its own accuracy; `ceiling`: in these after the tokenizer; `other`: in what other captions drew."""
     rows, r, _ = world.scenes(split, 2**20, n)
-    texts, read, g = [row['caption'] for row in rows], reader(world), torch.Generator(world.device)
-    drawn = tok.decode(draw(umm, world.text, texts, g.manual_seed(0), cfg=cfg)[0])
+    texts, read = [row['caption'] for row in rows], reader(world, 3 * n + 24)
+    g = torch.Generator(world.device).manual_seed(0)
+    drawn = tok.decode(draw(umm, world.text, texts, g, cfg=cfg)[0])
     score = lambda c: ((c[:, 0] / c[:, 1] + c[:, 2] / c[:, 3]) / 2).nanmean()         # c [words,4]
-    pictures = {'mean': drawn, 'verifier': r.image, 'ceiling': tok.decode(tok.encode(r.image)),
-                'other': drawn.roll(1, 0)}
-    return {k: bootstrap(score, read(x, texts)) for k, x in pictures.items()}
+    pictures = drawn, r.image, tok.decode(tok.encode(r.image)), drawn.roll(1, 0)
+    names = 'mean', 'verifier', 'ceiling', 'other'
+    return {name: bootstrap(score, read(x, texts)) for name, x in zip(names, pictures)}
 
 # ---- segmentation and tokenizer ----
 def classes_of(images, palette=data.PALETTE):
@@ -243,7 +245,7 @@ def classes_of(images, palette=data.PALETTE):
 def miou(pred, true, k=len(data.CLASSES)) -> dict:
     """Mean over the classes that occur of intersection over union, pooled over pictures [n, S, S] with
     classes < k; pixels whose true class is 255 do not count. Bootstrapped over pictures."""
-    both = torch.where(true == 255, k * k, true * k + pred).flatten(1)                # [n,S*S]
+    both = torch.where(true == 255, k * k, true * k + pred).flatten(1).cpu()          # [n,S*S]
     joint = torch.stack([x.bincount(minlength=k * k + 1)[:-1] for x in both]).double()  # [n,k*k]
 
     def score(c):                                        # confusion [..., k*k] -> mIoU [...]
@@ -260,8 +262,7 @@ def segmentation(umm, tok, world: World, n=192, split='test') -> dict:
     s.image = umm.inputs(tok, s.image)
     drawn = tok.decode(umm.generate(s, temperature=0))
     best = tok.decode(tok.encode(target))
-    true = r.classes.cpu()
-    score = lambda x: miou(classes_of(x, r.palette).cpu(), true, len(r.palette))
+    score = lambda x: miou(classes_of(x, r.palette), r.classes, len(r.palette))
     return {'miou': score(drawn), 'ceiling': score(best)}
 
 @torch.no_grad()
@@ -277,8 +278,7 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
         mse = (x - y).square().mean((1, 2, 3))                                        # [n]
         scores['psnr' if name == 'recon' else 'psnr_' + name] = mean(-10 * mse.log10().cpu())
         if name == 'seg':
-            got = classes_of(y, r.palette).cpu()
-            scores['mask_ceiling'] = miou(got, r.classes.cpu(), len(r.palette))
+            scores['mask_ceiling'] = miou(classes_of(y, r.palette), r.classes, len(r.palette))
     p = count / count.sum()
     return {**scores, 'used': share(int((count > 0).sum()), len(count)),
             'perplexity': torch.exp(-(p * (p + 1e-10).log()).sum()).item()}
@@ -326,15 +326,15 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
 # ---- everything at once ----
 def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
     """All measurements, nested; n pictures for understanding, in proportion for the others."""
-    umm.eval(), tok.eval()
     world, real = copy.copy(world), isinstance(world, Folder)
+    umm.eval(), tok.eval()
     world.seed, n = 0, min(n, len(world.rows[split])) if real else n     # the same scenes for every run
     drawing = recognition(umm, tok, world, min(n, 192), cfg, split) if real and world.captions else \
         {} if real else generation(umm, tok, world, max(2, n // 8), cfg, split)
     maps = 'seg' in world.maps and segmentation(umm, tok, world, min(256, max(2, n * 3 // 8)), split)
     chance = {} if real else data.CHANCE | {'mean': sum(data.CHANCE.values()) / len(data.CHANCE)}
-    return {'understanding': understanding(umm, tok, world, n, split), 'blind': blind(world, n, split),
-            'chance': chance, 'generation': drawing, 'segmentation': maps or {},
+    return {'understanding': understanding(umm, tok, world, n, split), 'chance': chance,
+            'blind': blind(world, n, split), 'generation': drawing, 'segmentation': maps or {},
             'tokenizer': tokenizer(tok, world, n, split)}
 
 def table(scores: dict) -> str:

@@ -151,6 +151,8 @@ class Run:
         if s.resume:
             self.tok, self.umm, text, self.saved, meta = load(state, device)
             self.stage, self.step, old = meta['stage'], meta['step'], meta['settings']
+            if self.stage not in STAGES:
+                raise UserError(f'{state} is of stage {self.stage!r:.30}, not of {STAGES}: train again')
             for k, v in vars(s).items():
                 if k not in ('resume', 'overwrite', 'out', 'device', 'threads') and old.get(k) != v:
                     raise UserError(f'--resume needs the settings that the run in {s.out} began with: '

@@ -216,7 +216,7 @@ def work(a, seed: int, arm: str):
     base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
     flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
              *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else []),
-             *(['--data', a.data] if a.data else [])]
+             *(['--data', a.data] if a.data else []), *(['--post_steps', str(a.steps)] if a.steps else [])]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'out.txt', 'a') as out, contextlib.redirect_stdout(out):
         if arm == base:
@@ -240,7 +240,7 @@ def work(a, seed: int, arm: str):
                 train.posttrain(run)
             run.umm.eval()
             scores = measure(run, a.n)
-        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n, RECIPE, a.data],
+        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n, RECIPE, a.data, a.steps],
                   'seconds': time.time() - begin, 'steps': run.s.post_steps, 'scores': scores,
                   'log': [json.loads(x) for x in run.lines if '"val"' in x]}
     (folder / 'result.part').write_text(json.dumps(result))
@@ -271,9 +271,9 @@ def execute(a, arms):
     does not stop the others."""
     def done(seed, arm):
         path = a.out / f'seed{seed}' / arm / 'result.json'
-        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data]:
-            raise UserError(f'{path} is of another --preset, --n, --data or recipe: choose another --out, or '
-                            'delete it')
+        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data, a.steps]:
+            raise UserError(f'{path} is of another --preset, --n, --data, --steps or recipe: choose another '
+                            '--out, or delete it')
         return path.exists()
 
     need = {(seed, arm): base_of(arm) for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
@@ -309,6 +309,7 @@ def main(argv=None):
     p.add_argument('--arms', default='', help='arms by name, comma-separated, instead of a plan')
     p.add_argument('--preset', default='cpu', choices=STEPS, help='default cpu')
     p.add_argument('--out', type=Path, default=None, help='default out/reproduce')
+    p.add_argument('--steps', type=int, default=0, help='of post-training; 0: 400 (gpu: 3,000, test: 6)')
     p.add_argument('--data', default='', help='folder of real pictures instead of the procedural world')
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
@@ -318,8 +319,9 @@ def main(argv=None):
     for arm in arms:
         if arm not in ARMS:
             raise UserError(f"--arms names {arm!r}: choose from {', '.join(ARMS)}")
-    if not 1 <= a.seeds <= 100 or a.jobs < 0 or a.n < 0:
-        raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}: 1 to 100 seeds, no negatives')
+    if not 1 <= a.seeds <= 100 or min(a.jobs, a.n, a.steps) < 0:
+        raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}, --steps {a.steps}: 1 to 100 seeds, '
+                        'no negatives')
     a.device = 'cuda' if torch.cuda.is_available() and a.preset == 'gpu' else 'cpu'
     a.data = a.data and str(Path(a.data).resolve())
     name = '-'.join(['reproduce', *[a.preset] * (a.preset != 'cpu'), *[Path(a.data).name] * bool(a.data)])
