@@ -34,7 +34,7 @@ VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
 KINDS = VISUAL * 2 + REASON    # what training asks, and how often
 NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
-SPLITS = ('train', 'val', 'test')
+SPLITS, MAX_TEXT = ('train', 'val', 'test'), 512         # MAX_TEXT: longest text in tokens
 
 class UserError(Exception):
     """What a user got wrong: what, which value, how to fix it."""
@@ -43,8 +43,9 @@ def guard(main):
     """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
     try:
         main()
-    except (UserError, OSError) as e:
-        print('error:', e, *['(missing? no room? try --out)'] * isinstance(e, OSError), file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as e:
+        hint = ['(missing? no room? try --out)'] * isinstance(e, OSError)
+        print('error:', str(e) or 'stopped', *hint, file=sys.stderr)
         sys.exit(2)
     except Exception:
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
@@ -327,7 +328,7 @@ def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
 class World:
     """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
     kinds, maps, captions = VISUAL, MAPS, True       # types of question, maps, captions: what there is
-    example = 'a red circle left of a blue square'
+    limit, example = lambda self, split: math.inf, 'a red circle left of a blue square'
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
         self.size, self.seed, self.device = size, seed, device
@@ -352,19 +353,17 @@ class World:
         yield from (w for words in WORDS.values() for w in words)
 
     def ask(self, scene, kind: str, rng) -> list:
-        """[(question, answer)] of one type about a scene; empty where it allows none."""
+        """[(question, answer)] of one type about a scene, or []."""
         return [qa] if (qa := Questions(*scene, rng).ask(kind)) else []
 
     def turns(self, scene, Q: int, rng) -> list:
-        """Q questions about a scene: [(type, (question, answer))]."""
-        turns = []
+        turns = []                                            # [(type, (question, answer))]
         while len(turns) < Q:
             kind = rng.choice(KINDS)
             turns += [(kind, qa) for qa in self.ask(scene, kind, rng)]
         return turns
 
     def describe(self, scene, style: str, rng):
-        """A caption of a scene in one of STYLES, or None."""
         return caption(scene[0], style, rng)
 
     def questions(self, split, index, B, Q, captions=('place', 'place', 'list')):
@@ -374,8 +373,9 @@ class World:
         for scene in scenes:
             rows.append(self.turns(scene, Q, rng))
             for c in captions and [rng.choice(captions)]:
-                turn = rng.choice(WORDS[c]), self.describe(scene, c, rng)
-                rows[-1] += [(c, turn)] * bool(turn[1])
+                ask, said = rng.choice(WORDS[c]), self.describe(scene, c, rng)
+                said = said or self.describe(scene, 'list', rng)
+                rows[-1] += [(c, (ask, said))] * bool(said)
         s = pack(self.text, [[qa for _, qa in turns] for turns in rows], r.image, self.device)
         return s, [[kind for kind, _ in turns] for turns in rows]
 

@@ -53,13 +53,14 @@ def bootstrap(score, tables) -> dict:
     g = torch.Generator().manual_seed(0)
     draws = torch.stack([score(tables[torch.randint(len(tables), (len(tables),), generator=g)].sum(0))
                          for _ in range(400)])
-    low, high = draws.quantile(torch.tensor([.025, .975], dtype=draws.dtype)).tolist()
+    low, high = draws.nanquantile(torch.tensor([.025, .975], dtype=draws.dtype)).tolist()
     return {'value': score(tables.sum(0)).item(), 'low': low, 'high': high, 'n': len(tables)}
 
 def mean(values: torch.Tensor) -> dict:
     """Mean of one value per picture, normal interval; values [n]."""
-    m, half = values.mean().item(), Z * (values.std() / len(values) ** .5).item()
-    return {'value': m, 'low': m - half, 'high': m + half, 'n': len(values)}
+    m, n = values.mean().item(), len(values)
+    half = Z * values.std(correction=min(1, n - 1)).item() / n ** .5
+    return {'value': m, 'low': m - half, 'high': m + half, 'n': n}
 
 # ---- understanding ----
 @torch.no_grad()
@@ -93,7 +94,7 @@ def blind(world: World, n=512, split='test') -> dict:
     for kind, question, answer in asked('train', 2**30, 16 * n):
         seen[question][answer] += 1
         seen[kind][answer] += 1
-    for kind, question, answer in asked(split, 0, 2 * n):
+    for kind, question, answer in asked(split, 0, min(2 * n, world.limit(split))):
         ranked = [a for a, _ in seen[question if question in seen else kind].most_common()]
         total[kind] += 1
         named = [a for a in ranked if a in question.split(',')[-1]] * (question not in seen)
@@ -195,15 +196,14 @@ def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
     return {'mean': mean_of(list(scores.values())), **scores, 'verifier': mean_of(verifier),
             'ceiling': mean_of(ceiling)}
 
-def reader(world: Folder, steps: int, B=64, rare=.02):
+def reader(world: Folder, steps=600, B=64, rare=.02):
     """No rule verifies a real picture: a small CNN learns from the training split which words of a
     caption hold. -> f(pictures, captions): counts [n, words, (hits, true, right noes, false)]."""
     spoken = lambda text: set(re.findall(r'\w+', text.lower()))
     said = [spoken(row['caption']) for row in world.rows['train']]
     often = {w: k / len(said) for w, k in Counter(w for words in said for w in words).items()}
     words = sorted(w for w, p in often.items() if rare <= p <= 1 - rare)
-    label = lambda texts: torch.tensor([[float(w in s) for w in words] for s in map(spoken, texts)],
-                                       device=world.device)                           # [n,words]
+    label = lambda texts: torch.tensor([[float(w in s) for w in words] for s in map(spoken, texts)])
     conv = lambda a, b: (torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.GroupNorm(8, b), torch.nn.GELU())
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
@@ -212,15 +212,14 @@ def reader(world: Folder, steps: int, B=64, rare=.02):
                                   torch.nn.Dropout(), head).to(world.device)
         opt = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
         falling = torch.optim.lr_scheduler.LinearLR(opt, 1, 0, steps)
-        weight = torch.tensor([1 / often[w] - 1 for w in words], device=world.device)
+        loss = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1 / often[w] - 1 for w in words]))
         for step in range(steps):
             rows, r, _ = world.scenes('train', 2**30 + step, B)
-            F.binary_cross_entropy_with_logits(net(r.image), label([row['caption'] for row in rows]),
-                                               pos_weight=weight).backward()
+            loss(net(r.image).cpu(), label([row['caption'] for row in rows])).backward()
             opt.step(), opt.zero_grad(), falling.step()
     def read(images, texts):
-        true, pred = label(texts) > 0, net.eval()(images) > 0                         # [n,words]
-        return torch.stack([true & pred, true, ~true & ~pred, ~true], -1).double().cpu()
+        true, pred = label(texts) > 0, net.eval()(images).cpu() > 0                   # [n,words]
+        return torch.stack([true & pred, true, ~true & ~pred, ~true], -1).double()
     return read
 
 @torch.no_grad()
@@ -229,13 +228,13 @@ def recognition(umm, tok, world: Folder, n=192, cfg=2., split='test') -> dict:
     from them, mean over words of balanced accuracy (chance 1/2). `verifier`: in true pictures, that is
     its own accuracy; `ceiling`: in these after the tokenizer; `other`: in what other captions drew."""
     rows, r, _ = world.scenes(split, 2**20, n)
-    texts, read = [row['caption'] for row in rows], reader(world, 3 * n + 24)
+    texts, read = [row['caption'] for row in rows], reader(world)
     g = torch.Generator(world.device).manual_seed(0)
     drawn = tok.decode(draw(umm, world.text, texts, g, cfg=cfg)[0])
     score = lambda c: ((c[:, 0] / c[:, 1] + c[:, 2] / c[:, 3]) / 2).nanmean()         # c [words,4]
-    pictures = drawn, r.image, tok.decode(tok.encode(r.image)), drawn.roll(1, 0)
-    names = 'mean', 'verifier', 'ceiling', 'other'
-    return {name: bootstrap(score, read(x, texts)) for name, x in zip(names, pictures)}
+    kinds = zip(('mean', 'verifier', 'ceiling', 'other'),
+                (drawn, r.image, tok.decode(tok.encode(r.image)), drawn.roll(1, 0)))
+    return {kind: bootstrap(score, read(x, texts)) for kind, x in kinds}
 
 # ---- segmentation and tokenizer ----
 def classes_of(images, palette=data.PALETTE):
@@ -328,7 +327,7 @@ def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
     """All measurements, nested; n pictures for understanding, in proportion for the others."""
     world, real = copy.copy(world), isinstance(world, Folder)
     umm.eval(), tok.eval()
-    world.seed, n = 0, min(n, len(world.rows[split])) if real else n     # the same scenes for every run
+    world.seed, n = 0, min(n, world.limit(split))              # the same scenes for every run
     drawing = recognition(umm, tok, world, min(n, 192), cfg, split) if real and world.captions else \
         {} if real else generation(umm, tok, world, max(2, n // 8), cfg, split)
     maps = 'seg' in world.maps and segmentation(umm, tok, world, min(256, max(2, n * 3 // 8)), split)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import Sequence, Text, UserError, pack
+from data import MAX_TEXT, Sequence, Text, UserError, pack
 
 @dataclass
 class Config:
@@ -223,8 +223,7 @@ class UMM(nn.Module):
             nn.init.normal_(table.weight, std=.7)
         for head in (self.text_head, self.pixel_head):
             nn.init.zeros_(head.weight)                      # the first loss is exactly ln V or ln K
-        self.max_text = 512                        # longest text, in tokens, with a position for each
-        for name, table in zip(('cos', 'sin'), rope_table(c.grid + self.max_text, C // c.n_head // 2)):
+        for name, table in zip(('cos', 'sin'), rope_table(c.grid + MAX_TEXT, C // c.n_head // 2)):
             self.register_buffer(name, table, persistent=False)                       # [positions,D/4]
         self.register_buffer('rc', torch.cartesian_prod(*[torch.arange(c.grid)] * 2), False)  # [N,2]
 
@@ -350,7 +349,7 @@ def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
 def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
     """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
     asked = pack(text, [[(prompt, None)] for prompt in prompts], device=umm.row.device)
-    plans = write(umm, text, asked, generator=generator, temperature=float(temperature > 0))
+    plans = write(umm, text, asked, 200, generator=generator, temperature=float(temperature > 0))
     planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=umm.row.device)
     return umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how), plans
 

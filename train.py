@@ -163,16 +163,16 @@ class Run:
             for k, v in vars(self.umm.c).items():
                 if getattr(s, k, v) != v:
                     raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
-        self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
-        self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
-        self.logfile.truncate()
         text = text if s.resume or s.init else None
         self.world = open_world(s.data, s.size, s.seed, device, text, s.skip_bad)
         if s.proxy not in (*self.world.maps, 'seg', 'recon', *data.SPOIL, 'none'):
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.maps)}, recon, {', '.join(data.SPOIL)} or none")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
+        self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
+        self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
+        self.logfile.truncate()
         if not s.resume:
             state.unlink(missing_ok=True), state.with_stem('model').unlink(missing_ok=True)
         if not s.resume and not s.init:
@@ -288,8 +288,8 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
     if ask and (world.kinds or world.captions):
         seq, _ = world.questions('train', 3 * step, ask, s.questions)
         seq.image = umm.inputs(tok, seq.image)
-        out['text'] = forward(seq)[0]
-        loss = w_text * out['text']
+        if (text := forward(seq)[0]) is not None:          # None: nothing is known of these pictures
+            out['text'], loss = text, w_text * text
     if draw and world.captions:
         seq, target = world.drawings('train', 3 * step + 1, draw, s.drop)
         seq.codes = tok.encode(target)
@@ -305,6 +305,7 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
         out[s.proxy] = forward(seq, s.hide)[1]
         umm.blocks.requires_grad_(True)
         loss = loss + s.w_proxy * out[s.proxy]
+    loss = loss if out else 0 * umm.source.sum()
     return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
 def sample_umm(run: Run):

@@ -117,10 +117,12 @@ def look_up(result: dict, path: tuple):
         return dict(curve).get(result['steps'] // 2)
     value = result['scores']
     for key in path:
+        if value is None:
+            return None
         if key in ('middle', 'last'):
             value = value[len(value) // 2 if key == 'middle' else -1]
         else:
-            value = value.get(key) if value else None
+            value = value.get(key)
     return value['value'] if isinstance(value, dict) else value
 
 def collect(out: Path) -> dict:
@@ -187,12 +189,12 @@ def report(out: Path):
                    [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
                      c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
     for title in ('Understanding', 'Generation', 'Segmentation'):
-        first = title.lower()
-        names = names_of(found, first)
-        rows = []
+        first, rows = title.lower(), []
+        if not (names := names_of(found, first)):
+            continue
         for arm, by_seed in found.items():
             values = [[look_up(r, (first, k)) for r in by_seed.values()] for k in names]
-            if values and None not in values[0]:
+            if None not in values[0]:
                 rows.append([arm, len(by_seed), *(f'{np.mean([x for x in v if x is not None]):.3f}'
                                                   if any(x is not None for x in v) else '-' for v in values),
                              points(difference(found, arm, baseline(arm), (first, names[0])))])

@@ -31,7 +31,7 @@ import eval as evaluation
 import model
 import train
 from data import COLOURS, SHAPES, UserError
-from folder import Folder
+from folder import Folder, open_world
 
 PROXY_ARMS = ('edge', 'recon', 'denoise', 'deblur', 'superres', 'inpaint', 'depth', 'instance', 'seg')
 RATIOS, POOLS, ASKED = (.5, 1., 1.5, 2.5, 3.), (100, 400, 1600), (200, 800)
@@ -216,7 +216,8 @@ def work(a, seed: int, arm: str):
     base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
     flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
              *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else []),
-             *(['--data', a.data] if a.data else []), *(['--post_steps', str(a.steps)] if a.steps else [])]
+             *(['--data', a.data] if a.data else []), *['--skip_bad'] * a.skip_bad,
+             *(['--post_steps', str(a.steps)] if a.steps else [])]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'out.txt', 'a') as out, contextlib.redirect_stdout(out):
         if arm == base:
@@ -268,7 +269,7 @@ def measure(run, n) -> dict:
 
 def execute(a, arms):
     """All that is not finished, at most --jobs at a time: the bases first, then their arms. A run that fails
-    does not stop the others."""
+    does not stop the others. -> what failed and why"""
     def done(seed, arm):
         path = a.out / f'seed{seed}' / arm / 'result.json'
         if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data, a.steps]:
@@ -298,8 +299,7 @@ def execute(a, arms):
                 finished = total - len(todo) - len(need) - len(running)
                 left = (time.time() - begin) / finished * (total - finished) / 60
                 print(f'{finished}/{total} seed {seed} {arm}: done; about {left:.0f} minutes left', flush=True)
-    if failed:
-        raise UserError('failed: ' + '; '.join(failed) + '. See out.txt there; the same command tries again')
+    return failed
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -313,6 +313,7 @@ def main(argv=None):
     p.add_argument('--data', default='', help='folder of real pictures instead of the procedural world')
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
+    p.add_argument('--skip-bad', action='store_true', help='leave out bad rows of --data')
     p.add_argument('--report', action='store_true', help='write the report only')
     a = p.parse_args(argv)
     arms = a.arms.split(',') if a.arms else PLANS[a.only]
@@ -328,17 +329,26 @@ def main(argv=None):
     a.out = (a.out or Path('out') / name).resolve()
     a.jobs = a.jobs or (1 if a.device == 'cuda' else os.cpu_count())
     a.threads, a.n = max(1, os.cpu_count() // a.jobs), a.n or (64 if a.preset == 'test' else 512)
-    os.environ['TQDM_DISABLE'] = '1'                           # the workers' bars would mix
+    if a.data and not a.report:        # decoded here once, before the workers would all do it
+        world = open_world(a.data, train.parse(['--preset', a.preset]).size, 0, 'cpu', None, a.skip_bad)
+        off = data.MAPS.keys() - world.maps.keys()
+        without = [arm for arm in arms if ARMS[arm] is not None and ARMS[arm].get('proxy', 'seg') in off]
+        if without:
+            print(f"{a.data} has no maps for {', '.join(without)}: left out")
+        arms = [arm for arm in arms if arm not in without]
+    failed, os.environ['TQDM_DISABLE'] = [], '1'               # the workers' bars would mix
     if not a.report:
         try:
             a.out.mkdir(parents=True, exist_ok=True)
-            execute(a, arms)
+            failed = execute(a, arms)
         except OSError as e:
             raise UserError(f'cannot write to {a.out} ({e.strerror}): choose another --out')
         except (KeyboardInterrupt, BrokenExecutor):
             raise UserError('stopped; finished arms are kept: the same command goes on')
     from experiments.report import report
     report(a.out)
+    if failed:
+        raise UserError('failed: ' + '; '.join(failed) + '. See out.txt there; the same command tries again')
 
 if __name__ == '__main__':
     data.guard(main)

@@ -64,6 +64,7 @@ def test_readme_experiments_exist(monkeypatch):
     seen = []
     monkeypatch.setattr(reproduce, 'execute', lambda a, arms: seen.append((a.seeds, arms)))
     monkeypatch.setattr(report, 'report', lambda out: None)
+    monkeypatch.setattr(reproduce, 'open_world', lambda *how: data.World(16))
     for line in re.findall(r'python -m experiments\.reproduce ?([^#\n`]*)', (ROOT / 'README.md').read_text()):
         reproduce.main(shlex.split(line))
     assert seen and all(set(arms) <= reproduce.ARMS.keys() for _, arms in seen)

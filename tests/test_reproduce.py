@@ -120,7 +120,7 @@ def test_verdicts_follow_the_rule(low, high, no_change, want):
 
 
 def plan(tmp_path, **how):
-    a = dict(out=tmp_path, preset='test', data='', steps=0, device='cpu', threads=1, n=16, jobs=1, seeds=1)
+    a = dict(out=tmp_path, preset='test', data='', skip_bad=False, steps=0, device='cpu', threads=1, n=16, jobs=1, seeds=1)
     return types.SimpleNamespace(**a | how)
 
 
