@@ -137,12 +137,6 @@ def objects(s: Scenes) -> list[list[Object]]:
             for n, shape, colour, cell, xy, z, _ in rows]
 
 # ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
-def palette(n: int):
-    """n colours far apart, [n, 3]: PALETTE, or for more classes a grid of the RGB cube."""
-    side = next(k for k in range(2, 8) if k ** 3 >= n)
-    grid = torch.cartesian_prod(*[torch.linspace(0, 255, side).round().long()] * 3)   # [side^3,3]
-    return (PALETTE if n <= len(PALETTE) else grid)[:n]
-
 def seg(r: Rendering):
     """Semantic segmentation: the palette colour of each pixel's class, never blended."""
     rgb = r.palette.to(r.image.device)[r.classes % 255]             # ignored pixels as background

@@ -28,11 +28,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import MAPS, MAX_TEXT, REASON, SPLITS, WORDS, Rendering, Text, UserError, World, palette
+from data import MAPS, MAX_TEXT, PALETTE, REASON, SPLITS, WORDS, Rendering, Text, UserError, World
 
 FORMAT = 2                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
 THIRDS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'center', 'right')]
+
+def palette(n: int):
+    """Colours of n classes, [n, 3]: PALETTE goes on with points of a grid in the RGB cube, each the farthest
+    from all before it, so that the classes named first are told apart best."""
+    side, colours = next(k for k in range(3, 8) if k ** 3 >= n), PALETTE[:n]
+    grid = torch.cartesian_prod(*[torch.linspace(0, 255, side).round().long()] * 3)   # [side^3,3]
+    while len(colours) < n:
+        far = torch.cdist(grid.float(), colours.float()).amin(1)                      # [side^3]
+        colours = torch.cat([colours, grid[far.argmax()][None]])
+    return colours
 
 def read_image(path, size: int):
     """A picture file of any size and mode, turned upright, on white -> uint8 [3, size, size]."""

@@ -340,10 +340,10 @@ def test_the_reader_reads_true_captions_and_not_others(root):
 
 def test_many_classes_get_colours_that_are_told_apart():
     for n in (0, 2, 6, 7, 60, 254):
-        colours = data.palette(n)
+        colours = folders.palette(n)
         assert len({tuple(c) for c in colours.tolist()}) == len(colours) == n
-    images = data.palette(60).permute(1, 0)[None, :, None].float() / 255
-    assert evaluation.classes_of(images, data.palette(60)).flatten().tolist() == list(range(60))
+    images = folders.palette(60).permute(1, 0)[None, :, None].float() / 255
+    assert evaluation.classes_of(images, folders.palette(60)).flatten().tolist() == list(range(60))
 
 
 def test_the_readme_describes_the_format():
