@@ -54,7 +54,8 @@ def bootstrap(score, tables) -> dict:
     draws = torch.stack([score(tables[torch.randint(len(tables), (len(tables),), generator=g)].sum(0))
                          for _ in range(400)])
     low, high = draws.nanquantile(torch.tensor([.025, .975], dtype=draws.dtype)).tolist()
-    return {'value': score(tables.sum(0)).item(), 'low': low, 'high': high, 'n': len(tables)}
+    n, value = len(tables), score(tables.sum(0)).item()        # nan: there was nothing to score
+    return {'value': value, 'low': low, 'high': high, 'n': n} if value == value else share(0, 0)
 
 def mean(values: torch.Tensor) -> dict:
     """Mean of one value per picture, normal interval; values [n]."""
@@ -318,7 +319,7 @@ def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
         qa = [next((x for k in kinds[i % len(kinds):] + kinds for x in world.ask(scene, k, rng)), '  ')
               for i, scene in enumerate(scenes)]
         s = data.pack(world.text, [[(q, None)] for q, _ in qa], image, world.device)
-        notes[-1] = [f'{q} {a}' + (f' (true: {t})' if a != t.lower() else '')
+        notes[-1] = [q.strip() and f'{q} {a}' + f' (true: {t})' * (a != t.lower())
                      for (q, t), a in zip(qa, write(umm, world.text, s, temperature=0))]
     return grid(rows, notes)
 

@@ -35,7 +35,7 @@ MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decode
 THIRDS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'center', 'right')]
 
 def palette(n: int):
-    """Colours of n classes, [n, 3]: PALETTE goes on with points of a grid in the RGB cube, each the farthest
+    """Colours of n classes, [n, 3]: PALETTE, then points of a grid in the RGB cube, each the farthest
     from all before it, so that the classes named first are told apart best."""
     side, colours = next(k for k in range(3, 8) if k ** 3 >= n), PALETTE[:n]
     grid = torch.cartesian_prod(*[torch.linspace(0, 255, side).round().long()] * 3)   # [side^3,3]

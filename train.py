@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import signal
 import time
 from dataclasses import dataclass, field
@@ -389,7 +390,7 @@ def main(argv=None):
     evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
     print(f"""\n{scores['minutes']:.1f} minutes. Now look at {run.dir}/samples.png, then try:
-    python sample.py draw "{run.world.example}" --n 1
+    python sample.py draw {shlex.quote(run.world.example)} --n 1 --checkpoint {run.dir}/model.safetensors
     python train.py{' --data ' * bool(s.data) + s.data} --proxy edge --out out/edge
 which teaches edges instead of segmentation: what changes?""")
 

@@ -27,10 +27,10 @@ Vedaldi, Zisserman, Jawahar: Cats and Dogs, CVPR 2012. The official test split s
 out as validation. Masks: pet and background, the border of the trimap is ignored (255)."""
 COCO = """Fetch annotations_trainval2017.zip and val2017.zip (5,000 pictures; train2017.zip for all) from
 https://cocodataset.org/#download and unpack them into DOWNLOADS: instances_*.json, captions_*.json (if there) and a
-folder of pictures, at any depth. Annotations: CC BY 4.0; the pictures are Flickr's, each under its own licence. Cite Lin
-et al.: Microsoft COCO, ECCV 2014. Any export in this format does (CVAT, Label Studio, Roboflow). Pictures of a file named
-*train*, *val*, *test* go to that split; with only one file they are dealt out 8:1:1 by their id."""
-
+folder of pictures, at any depth. Annotations: CC BY 4.0; the pictures are Flickr's, each under its own licence. Cite
+Lin et al.: Microsoft COCO, ECCV 2014. Any export in this format should do. The split is that of the path of the
+file (train, val, test); one that no file is for gets every tenth training picture; annotations without pictures are
+left out with a line."""
 
 class Writer:
     """Writes OUT/{split}/images, masks and metadata.jsonl; the folder appears only when it is complete."""
@@ -40,7 +40,8 @@ class Writer:
             raise UserError(f'{out} is there already: name a new folder')
         if len(classes) > 255:
             raise UserError(f'{len(classes)} classes: an indexed mask holds 255; name fewer with --classes')
-        self.out, self.part, self.side, self.count = out, out.with_name(out.name + '.part'), side, Counter()
+        self.out, self.part, self.side = out, out.with_name(out.name + '.part'), side
+        self.count, self.boxes = Counter(), 0              # pictures by split; boxes that stand for masks
         shutil.rmtree(self.part, ignore_errors=True)
         for split in SPLITS:
             (self.part / split / 'images').mkdir(parents=True)
@@ -60,23 +61,33 @@ class Writer:
         self.files[split].write(json.dumps(row) + '\n')
         self.count[split] += 1
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
         for f in self.files.values():
             f.close()
-        if empty := [split for split in SPLITS if not self.count[split]]:
+        empty = [split for split in SPLITS if not self.count[split]]
+        if kind or empty:
+            shutil.rmtree(self.part, ignore_errors=True)
+        if kind:
+            return
+        if empty:
             raise UserError(f'no pictures for {empty[0]}: {dict(self.count)}; is the download complete?')
         self.part.rename(self.out)
-        print(f'wrote {self.out}: ' + ', '.join(f'{n} {split}' for split, n in self.count.items()))
+        if self.boxes:
+            print(f'{self.boxes} objects have no polygon: their boxes stand for their masks')
+        print(f'wrote {self.out}: ' + ', '.join(f'{self.count[split]} {split}' for split in SPLITS))
 
+def plural(name: str) -> str:
+    return name + ('es' if name.endswith(('s', 'x', 'ch', 'sh')) else 's')
 
 def third(low: float, high: float, whole: float, names=('left', 'center', 'right')) -> str:
     """Where the middle of low..high lies in 0..whole."""
     return names[min(2, int(1.5 * (low + high) / whole))]
 
-
 def yes_no(thing: str, answer: bool):
     return {'question': f'Is there a {thing} in the picture?', 'answer': ('no', 'yes')[answer], 'type': 'exist'}
-
 
 # ---- Oxford-IIIT Pet ----
 def unpacked(folder: Path, name: str, tmp: Path) -> Path:
@@ -90,7 +101,6 @@ def unpacked(folder: Path, name: str, tmp: Path) -> Path:
         tar.extractall(tmp, filter='data')             # refuses paths and links that lead out
     return tmp / name
 
-
 def pets(a):
     tmp = a.out.with_name(a.out.name + '.unpacked')
     try:
@@ -98,28 +108,25 @@ def pets(a):
         official = {name: [line.split() for line in (notes / f'{name}.txt').read_text().splitlines()
                            if line.strip() and line[0] != '#'] for name in ('trainval', 'test')}
         rng = random.Random(a.seed)
-        rng.shuffle(official['trainval'])
+        rng.shuffle(official['trainval']), rng.shuffle(official['test'])       # they are sorted by breed
         held = len(official['trainval']) // 10
-        writer = Writer(a.out, a.side, ['background', 'pet'])
         rows = {'train': official['trainval'][held:], 'validation': official['trainval'][:held], 'test': official['test']}
         breeds = sorted({breed_of(row) for split in rows.values() for row in split})
-        for split in SPLITS:
-            for row in rows[split][:a.limit or None]:
-                trimap = np.array(Image.open(notes / 'trimaps' / f'{row[0]}.png'))     # 1 pet, 2 ground, 3 border
-                mask = np.choose(np.clip(trimap, 1, 3) - 1, [1, 0, 255]).astype(np.uint8)
-                image = Image.open(images / f'{row[0]}.jpg')
-                if image.size != mask.shape[::-1]:
-                    raise UserError(f'{row[0]}: picture {image.size}, trimap {mask.shape[::-1]}: download it again')
-                writer.row(split, image, Image.fromarray(mask), **pet(row, mask, breeds, rng))
-        writer.close()
+        with Writer(a.out, a.side, ['background', 'pet']) as writer:
+            for split in SPLITS:
+                for row in rows[split][:a.limit or None]:
+                    trimap = np.array(Image.open(notes / 'trimaps' / f'{row[0]}.png'))     # 1 pet, 2 ground, 3 border
+                    mask = np.choose(np.clip(trimap, 1, 3) - 1, [1, 0, 255]).astype(np.uint8)
+                    image = Image.open(images / f'{row[0]}.jpg')
+                    if image.size != mask.shape[::-1]:
+                        raise UserError(f'{row[0]}: picture {image.size}, trimap {mask.shape[::-1]}: download it again')
+                    writer.row(split, image, Image.fromarray(mask), **pet(row, mask, breeds, rng))
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
 
 def breed_of(row):
     """'Abyssinian_100 1 1 1': file, class, species (1 cat, 2 dog), breed within it -> (species, breed)."""
     return ('cat', 'dog')[int(row[2]) - 1], row[0].rsplit('_', 1)[0].replace('_', ' ').lower()
-
 
 def pet(row, mask, breeds, rng) -> dict:
     """Caption, questions and the one object of a photograph."""
@@ -141,58 +148,93 @@ def pet(row, mask, breeds, rng) -> dict:
     return {'caption': f"a {size} {breed} {species} {'in' if place == 'center' else 'on'} the {place}", 'qa': qa,
             'objects': [(f'{breed} {species}', box)]}
 
-
 # ---- COCO ----
 def coco(a):
-    files = sorted(a.downloads.rglob('*instances*.json')) or sorted(a.downloads.rglob('*.json'))
-    files = [f for f in files if 'caption' not in f.name]
+    names, files, said = {}, [], defaultdict(list)
+    for f in sorted(a.downloads.rglob('*.json')):
+        d = read_json(f)
+        if 'caption' in f.name:
+            for note in d['annotations']:
+                said[note['image_id']].append(' '.join(note['caption'].lower().strip(' .\n').split()))
+        elif 'categories' in d and ('instances' in f.name or 'images' in d) and 'person_keypoints' not in f.name:
+            names |= {c['id']: c['name'].lower() for c in d['categories']}
+            files.append((f, d))
     if not files:
         raise UserError(f'no instances_*.json under {a.downloads}: see -h for where to get it')
-    pictures = {p.name: p for p in a.downloads.rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png')}
-    said, loaded, rng = defaultdict(list), [], random.Random(a.seed)
-    for f in a.downloads.rglob('*captions*.json'):
-        for note in read_json(f)['annotations']:
-            said[note['image_id']].append(' '.join(note['caption'].lower().strip(' .\n').split()))
-    for f in files:
-        loaded.append((f, read_json(f)))
-    names = {c['id']: c['name'].lower() for _, d in loaded for c in d['categories']}
-    count = Counter(names[n['category_id']] for _, d in loaded for n in d['annotations'] if n['category_id'] in names)
-    kept = a.classes.split(',') if a.classes else [name for name, _ in count.most_common()]
+    files = [(f, split_of(f.relative_to(a.downloads)), d, found) for f, d in files
+             if (found := located(f, d['images'], a.downloads))]
+    if not files:
+        raise UserError(f'no pictures of these annotations under {a.downloads}: see -h for where to get them')
+    count = Counter(names.get(n['category_id']) for _, _, d, _ in files for n in d['annotations'])
+    kept = a.classes.split(',') if a.classes else [name for name, _ in count.most_common() if name]
     if unknown := [k for k in kept if k not in names.values()]:
         raise UserError(f'--classes names {unknown[0]!r}; there are: {", ".join(sorted(names.values())):.300}')
-    writer, done = Writer(a.out, a.side, ['background', *kept]), Counter()
-    for f, d in loaded:
-        notes = defaultdict(list)
-        for n in d['annotations']:
-            if names.get(n['category_id']) in kept:
-                notes[n['image_id']].append(n)
-        images = sorted(d['images'], key=lambda im: im['id'])
-        for i, im in enumerate(images):
-            split = next((s for s in SPLITS if s[:3] in f.stem and len(files) > 1),
-                         'test' if i % 10 == 9 else 'validation' if i % 10 == 8 else 'train')
-            if not notes[im['id']] or a.limit and done[split] >= a.limit:
-                continue
-            path = pictures.get(PurePosixPath(im['file_name']).name)
-            if path is None:
-                raise UserError(f"{f}: there is no picture {im['file_name']} under {a.downloads}")
-            done[split] += 1
-            write_coco(writer, split, path, notes[im['id']], names, kept, said[im['id']], rng)
-    writer.close()
+    there, rng = {split for _, split, _, _ in files}, random.Random(a.seed)
+    with Writer(a.out, a.side, ['background', *kept]) as writer:
+        for f, split, d, found in files:
+            notes = defaultdict(list)
+            for n in d['annotations']:
+                if names.get(n['category_id']) in kept:
+                    notes[n['image_id']].append(n)
+            for k, im in enumerate(sorted((im for im in d['images'] if im['id'] in found), key=lambda im: im['id'])):
+                goes = dealt(split, k, there)
+                if not notes[im['id']] or a.limit and writer.count[goes] >= a.limit:
+                    continue
+                try:
+                    write_coco(writer, goes, found[im['id']], im, notes[im['id']], names, kept, said[im['id']], rng)
+                except (LookupError, TypeError, ValueError) as e:
+                    raise UserError(f"{f}: annotations of picture {im['id']} ({im['file_name']}): {e!r:.100}")
 
+def split_of(path: Path) -> str:
+    """The split that the name or the folder of a file of annotations tells, else train."""
+    return next((s for s in SPLITS for part in reversed(path.parts) if s[:5 if s == 'train' else 3] in part.lower()),
+                'train')
+
+def dealt(split: str, k: int, there: set) -> str:
+    """Splits that no file is for get every tenth picture of the training file, or of the only file."""
+    lacking = ['validation', 'test'] if len(there) == 1 else [s for s in SPLITS if s not in there]
+    return dict(zip((9, 8), lacking)).get(k % 10, 'train') if split == 'train' or len(there) == 1 else split
+
+def located(f: Path, images: list, root: Path) -> dict:
+    """{id: path} of the pictures of a file of annotations that are there: by their path from the file's folder,
+    else by the only picture under root whose path ends so (or, of several, in a folder of that split)."""
+    ends = defaultdict(list)
+    for p in root.rglob('*'):
+        if p.suffix.lower() in ('.jpg', '.jpeg', '.png'):
+            ends[p.name].append(p)
+    found, split = {}, split_of(f.relative_to(root))
+    for im in images:
+        tail = PurePosixPath(im['file_name'])
+        paths = [p for p in ends[tail.name] if p.parts[-len(tail.parts):] == tail.parts] or ends[tail.name]
+        if (f.parent / tail).is_file():
+            paths = [f.parent / tail]
+        elif len(paths) > 1:
+            paths = [p for p in paths if split_of(p.relative_to(root).parent / 'x') == split]
+        if len(paths) > 1:
+            raise UserError(f"{f}: {im['file_name']} may be {paths[0]} or {paths[1]}: rename one")
+        if paths:
+            found[im['id']] = paths[0]
+    if len(found) < len(images):
+        print(f'{f}: {len(images) - len(found)} of {len(images)} pictures are not there and left out')
+    return found
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text('utf-8'))
-    except ValueError as e:
-        raise UserError(f'{path} is not whole JSON ({e}): download it again')
+        d = json.loads(path.read_text('utf-8'))
+        if type(d) is not dict:
+            raise ValueError('not an object')
+        return d
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path} is not whole JSON of COCO ({e}): download it again')
 
-
-def write_coco(writer, split, path, notes, names, kept, captions, rng):
+def write_coco(writer, split, path, im, notes, names, kept, captions, rng):
     """One picture: objects are painted from the largest to the smallest, crowds are ignored (255)."""
     image = Image.open(path)
+    if image.size != (im.get('width', image.width), im.get('height', image.height)):
+        raise ValueError(f"the picture is {image.size}, annotated as {im['width'], im['height']}")
     mask, found = Image.new('L', image.size), []
     paint = ImageDraw.Draw(mask)
-    for n in sorted(notes, key=lambda n: -n['area']):
+    for n in sorted(notes, key=lambda n: -n['bbox'][2] * n['bbox'][3]):
         ink, (x, y, w, h) = 1 + kept.index(names[n['category_id']]), n['bbox']
         if n.get('iscrowd'):
             paint.rectangle((x, y, x + w, y + h), 255)
@@ -207,17 +249,18 @@ def write_coco(writer, split, path, notes, names, kept, captions, rng):
             mask.paste(ink, (0, 0), Image.fromarray(inside))
         else:                                                  # compressed runs or none: the box
             paint.rectangle((x, y, x + w, y + h), ink)
-        found.append((names[n['category_id']], [x, y, x + w, y + h]))
-    writer.row(split, image, mask, found, caption=captions[0] if captions else listed(found),
+            writer.boxes += 1
+        if w > 0 and h > 0:
+            found.append((names[n['category_id']], [max(0, x), max(0, y), min(image.width, x + w),
+                                                    min(image.height, y + h)]))
+    writer.row(split, image, mask, found, caption=next(filter(None, captions), listed(found)),
                qa=asked(found, kept, image.size, rng, any(n.get('iscrowd') for n in notes)))
-
 
 def listed(found) -> str:
     """'a dog, a car and two persons': the five largest kinds."""
     many = list(Counter(name for name, _ in found).items())[:5]
-    words = [f'a {name}' if k == 1 else f'{data.NUMBERS[k] if k < 5 else "many"} {name}s' for name, k in many]
+    words = [f'a {name}' if k == 1 else f'{data.NUMBERS[k] if k < 5 else "many"} {plural(name)}' for name, k in many]
     return ' and '.join(', '.join(words).rsplit(', ', 1))
-
 
 def asked(found, kept, size, rng, crowd: bool) -> list:
     """Existence (one yes, one no), counting up to four, where things are, relation and size of pairs."""
@@ -229,7 +272,7 @@ def asked(found, kept, size, rng, crowd: bool) -> list:
     alone = {name: box for name, box in found if count[name] == 1}
     for name in rng.sample(sorted(count), min(2, len(count))):
         if count[name] <= 4 and not crowd:
-            qa.append({'question': f'How many {name}s are there?', 'answer': str(count[name]), 'type': 'count'})
+            qa.append({'question': f'How many {plural(name)} are there?', 'answer': str(count[name]), 'type': 'count'})
     for name in rng.sample(sorted(alone), min(1, len(alone))):
         x0, _, x1, _ = alone[name]
         qa.append({'question': f'Where is the {name}?', 'answer': third(x0, x1, size[0]), 'type': 'position'})
@@ -243,7 +286,6 @@ def asked(found, kept, size, rng, crowd: bool) -> list:
             qa.append({'question': f'Which is larger in the picture, the {a} or the {b}?',
                        'answer': a if area[0] > area[1] else b, 'type': 'larger'})
     return qa
-
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -265,7 +307,6 @@ def main(argv=None):
     if a.side < 16 or a.limit < 0:
         raise UserError(f'--side is {a.side}, --limit {a.limit}: 16 pixels or more, no negatives')
     a.run(a)
-
 
 if __name__ == '__main__':
     data.guard(main)

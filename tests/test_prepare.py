@@ -117,7 +117,47 @@ def test_bad_downloads_are_named_and_nothing_is_written(tmp_path, pets):
     ):
         with pytest.raises(UserError, match=what):
             prepare.main(words)
+    Image.new('RGB', (9, 9)).save(pets / 'x.png')
     (pets / 'instances.json').write_text('{"images": [')
     with pytest.raises(UserError, match='not whole JSON'):
         prepare.main(['coco', str(pets), str(tmp_path / 'x')])
     assert not (tmp_path / 'x').exists()
+
+
+def test_exports_with_splits_in_folders_and_equal_names(coco, tmp_path):
+    """As Roboflow writes them: train, valid and test, each with its file of annotations and its own 0.jpg."""
+    d = json.loads((coco / 'instances_val2017.json').read_text())
+    root = tmp_path / 'export'
+    for k, split in enumerate(('train', 'valid', 'test')):
+        (root / split).mkdir(parents=True)
+        (root / split / '_annotations.coco.json').write_text(json.dumps(d))
+        for im in d['images']:
+            Image.new('RGB', (60, 40), (80 * k, im['id'], 0)).save(root / split / im['file_name'].replace('jpg', 'png'))
+            im['file_name'] = im['file_name'].replace('jpg', 'png')
+        (root / split / '_annotations.coco.json').write_text(json.dumps(d))
+    prepare.main(['coco', str(root), str(tmp_path / 'out')])
+    for k, split in enumerate(prepare.SPLITS):
+        rows = (tmp_path / 'out' / split / 'metadata.jsonl').read_text().splitlines()
+        assert len(rows) == 20
+        for row in rows:
+            assert Image.open(tmp_path / 'out' / split / json.loads(row)['file_name']).getpixel((0, 0))[0] == 80 * k
+
+
+def test_annotations_without_pictures_and_with_errors(coco, tmp_path, capsys):
+    d = json.loads((coco / 'instances_val2017.json').read_text())
+    more = d | {'images': [{'id': 900 + i, 'file_name': f'none{i}.jpg', 'width': 9, 'height': 9} for i in range(5)]}
+    (coco / 'instances_train2017.json').write_text(json.dumps(more))  # as in the official zip beside val2017
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    assert '5 of 5 pictures are not there' in capsys.readouterr().out
+    (coco / 'instances_train2017.json').unlink()
+    for wrong in ({'bbox': [1]}, {'segmentation': [[1.0]]}, {'segmentation': {'counts': [3], 'size': [40, 60]}}):
+        bad = json.loads(json.dumps(d))
+        bad['annotations'][4] |= wrong
+        (coco / 'instances_val2017.json').write_text(json.dumps(bad))
+        with pytest.raises(UserError, match='picture 2'):
+            prepare.main(['coco', str(coco), str(tmp_path / 'out2')])
+        assert not list(tmp_path.glob('out2*'))
+    d['images'][3]['width'] = 40
+    (coco / 'instances_val2017.json').write_text(json.dumps(d))
+    with pytest.raises(UserError, match='picture 3'):
+        prepare.main(['coco', str(coco), str(tmp_path / 'out2')])
