@@ -1,0 +1,264 @@
+"""Speed against peers on equal work, alternating runs in one process: median ratio of wall and of CPU time.
+
+    pip install -r experiments/requirements-bench.txt
+    python -m experiments.bench [--quick] [--json FILE] [--nanogpt DIR]
+
+Equal work: width 256, 6 layers, 8 heads, vocabulary 2048, 320 tokens (64 of text, 256 of a picture), batch 4,
+float32. A ratio above 1: nanoUMM needs less time. A peer that is not installed is left out with a line. nanoGPT is
+no package: name a clone of it. FLOPs are counted in one place, flops(); the peak is measured, not looked up.
+"""
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import train
+from data import Sequence, UserError, World
+from model import Config, UMM, VQTokenizer
+
+V, T, B, LAYERS, HEADS, WIDTH = 2048, 320, 4, 6, 8, 256
+
+def flops(c: Config, batch: int, tokens: int, heads: int, vocab: int, train=True) -> float:
+    """Floating-point operations of the transformer on `batch` sequences of `tokens`, of which `heads` go through
+    an output matrix of `vocab` rows: 2 per weight and token, 4 T C per layer and token for the attention scores
+    and their use (no saving for causality), and twice as much again backward (Kaplan et al. 2020, table 1)."""
+    weights = 12 * c.n_embd ** 2 * c.n_layer
+    forward = batch * (tokens * (2 * weights + 4 * tokens * c.n_embd * c.n_layer) + heads * 2 * c.n_embd * vocab)
+    return forward * (3 if train else 1)
+
+def peak(n: int, k: int, m: int, seconds=.5) -> float:
+    """Measured FLOP/s of the matrix product [n, k] x [k, m] in float32."""
+    a, b, done, begin = torch.randn(n, k), torch.randn(k, m), 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        a @ b
+        done += 1
+    return 2 * n * k * m * done / (time.perf_counter() - begin)
+
+def alternate(runs: dict, rounds: int) -> dict:
+    """{name: function} -> {name: [(wall, CPU) seconds of each round]}; one warm-up, then turn and turn about."""
+    times = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            if i:
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+class Report:
+    """Rows of a Markdown table and a flat {name: median ratio}."""
+
+    def __init__(self):
+        self.rows, self.ratios = [], {}
+
+    def add(self, what: str, times: dict, unit: str, amount: float):
+        """times: as from alternate, nanoUMM first; amount of `unit` in one run."""
+        ours = times['nanoUMM']
+        for name, theirs in times.items():
+            rate = amount / statistics.median(w for w, _ in theirs)
+            wall, cpu = ([t[i] / o[i] for t, o in zip(theirs, ours)] for i in (0, 1))
+            show = lambda r: f'{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})'
+            self.rows.append((what, name, f'{rate:,.0f} {unit}/s', *((show(wall), show(cpu)) if name != 'nanoUMM'
+                                                                    else ('1', '1'))))
+            if name != 'nanoUMM':
+                self.ratios[f'{what}: {name}'] = statistics.median(wall)
+            print(' | '.join(self.rows[-1]), flush=True)
+
+    def note(self, what: str, value: str, number=None):
+        self.rows.append((what, '', value, '', ''))
+        if number is not None:
+            self.ratios[what] = number
+        print(f'{what}: {value}', flush=True)
+
+    def table(self) -> str:
+        head = ('work', 'who', 'rate', 'wall: theirs / ours', 'CPU: theirs / ours')
+        return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---'] * 5, *self.rows])
+
+@contextlib.contextmanager
+def peer(name: str):
+    """What follows needs the peer: without it, one line."""
+    try:
+        yield
+    except ImportError as e:
+        print(f'{name} left out: {e}')
+
+# ---- training ----
+def stepper(loss_of, optimizers):
+    """One step: forward, backward, clip, optimizers."""
+    parameters = [p for o in optimizers for group in o.param_groups for p in group['params']]
+
+    def step():
+        loss_of().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    return step
+
+def llama(**how):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=V, hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=None, pad_token_id=0, **how))
+
+def training(report: Report, rounds: int, nanogpt: str):
+    c = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
+    ids = torch.randint(V, (B, T + 1))
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    adam = lambda m: [torch.optim.AdamW(m.parameters(), 3e-4, fused=True)]
+    umm, ours, ones = UMM(c), UMM(c), torch.ones_like(x)
+    runs = {'nanoUMM': stepper(lambda: umm(Sequence(x, ones, y))[0], adam(umm)),           # equal work
+            'nanoUMM, Muon': stepper(lambda: ours(Sequence(x, ones, y))[0], train.optimizers(ours, 2e-3, .02))}
+    bf16 = lambda f: torch.autocast('cpu', torch.bfloat16)(f)
+    with peer('transformers'):
+        body = llama(attn_implementation='sdpa')
+        loss = lambda: F.cross_entropy(body(x).logits.flatten(0, 1), y.flatten())
+        runs['transformers Llama'] = stepper(loss, adam(body))
+        runs['transformers Llama, bf16'] = stepper(bf16(loss), adam(body))
+    with peer('x-transformers'):
+        from x_transformers import Decoder, TransformerWrapper
+        wrapped = TransformerWrapper(num_tokens=V, max_seq_len=T, attn_layers=Decoder(
+            dim=WIDTH, depth=LAYERS, heads=HEADS, attn_dim_head=32, rotary_pos_emb=True, attn_flash=True))
+        runs['x-transformers'] = stepper(lambda: F.cross_entropy(wrapped(x).flatten(0, 1), y.flatten()), adam(wrapped))
+    with peer('nanoGPT'):
+        if not nanogpt:
+            raise ImportError('name a clone with --nanogpt')
+        sys.path.insert(0, nanogpt)
+        sys.modules.pop('model', None)
+        import model as gpt
+        net = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
+                                    dropout=0., bias=False))
+        runs['nanoGPT'] = stepper(lambda: net(x, y)[1], [net.configure_optimizers(.1, 3e-4, (.9, .95), 'cpu')])
+    times = alternate(runs, rounds)
+    report.add('training step, T = 320', times, 'tokens', B * T)
+    spent = statistics.median(w for w, _ in times['nanoUMM'])
+    best = peak(B * T, WIDTH, 4 * WIDTH)
+    share = flops(c, B, T, T, V) / spent / best
+    report.note('training step, T = 320: MFU', f'{share:.0%} of {best / 1e9:.0f} GFLOP/s, float32', share)
+
+def main_job(report: Report, rounds: int, folder='out/bench'):
+    """A post-training step of the cpu preset, the share of its data, scenes a second."""
+    s = train.parse(['--preset', 'cpu', '--out', folder, '--overwrite'])
+    run = train.Run(s, torch.device('cpu'))
+    world, opts, count = run.world, train.optimizers(run.umm, s.lr, s.muon_lr), [0]
+    run.tok.eval().requires_grad_(False)
+    proxies = round(s.ratio * s.post_ask)
+
+    def draw_data():
+        count[0] += 1
+        world.questions('train', 3 * count[0], s.post_ask, s.questions)
+        world.drawings('train', 3 * count[0] + 1, s.post_draw, s.drop)
+        world.proxies('train', 3 * count[0] + 2, proxies, s.proxy)
+
+    def loss():
+        count[0] += 1
+        return train.umm_losses(run, count[0], s.post_ask, s.post_draw, proxies, s.w_text, s.w_draw)['loss']
+    step = stepper(loss, opts)
+    times = alternate({'step': step, 'data': draw_data}, rounds)
+    spent, given = (statistics.median(w for w, _ in times[k]) for k in ('step', 'data'))
+    report.note('cpu preset, post-training', f'{1 / spent:.2f} steps/s', 1 / spent)
+    report.note('cpu preset, share of the data in a step', f'{given / spent:.1%}', given / spent)
+    scenes = alternate({'scenes': lambda: world.scenes('train', 7, 512)}, rounds)['scenes']
+    rate = 512 / statistics.median(w for w, _ in scenes)
+    report.note('scenes rendered', f'{rate:,.0f} scenes/s at 32 x 32', rate)
+
+# ---- generation ----
+def generation(report: Report, rounds: int):
+    """256 codes after 64 text tokens, with a cache, sampled."""
+    c = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
+    umm = UMM(c).eval()
+    for batch in (1, 16):
+        x = torch.randint(V, (batch, T - 256))
+        s = Sequence(x, torch.ones_like(x))
+        runs = {'nanoUMM': lambda: umm.generate(s)}
+        with peer('transformers'):
+            body = llama(attn_implementation='sdpa').eval()
+            how = dict(max_new_tokens=256, min_new_tokens=256, do_sample=True, temperature=1., top_k=0, use_cache=True)
+            runs['transformers generate()'] = lambda: body.generate(x, attention_mask=torch.ones_like(x), **how)
+        report.add(f'generation, batch {batch}', alternate(runs, rounds), 'tokens', batch * 256)
+        guided = alternate({'off': lambda: umm.generate(s), 'on': lambda: umm.generate(s, cfg=3.)}, rounds)
+        cost = statistics.median(a[0] / b[0] for a, b in zip(guided['on'], guided['off']))
+        report.note(f'generation, batch {batch}: guidance', f'{cost:.2f} times as long', cost)
+
+# ---- tokenizer ----
+def tokenizer(report: Report, rounds: int):
+    """Training step and round trip of 64 pictures of 32 x 32, the quantizer ours or the library's."""
+    c, x = Config(), torch.rand(64, 3, 32, 32)
+    runs, trips = {}, {}
+
+    def add(name, tok):
+        def loss():
+            y, _, commitment = tok(x)
+            return F.mse_loss(y, x) + .25 * commitment
+        tok.to(memory_format=torch.channels_last)
+        runs[name] = stepper(loss, [torch.optim.AdamW(tok.parameters(), 1e-3, fused=True)])
+        trips[name] = torch.no_grad()(lambda: tok(x))
+    add('nanoUMM', VQTokenizer(c))
+    with peer('vector-quantize-pytorch'):
+        from vector_quantize_pytorch import VectorQuantize
+
+        class Theirs(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.vq = VectorQuantize(dim=c.code_dim, codebook_size=c.codebook, decay=.98, use_cosine_sim=True,
+                                         threshold_ema_dead_code=.03, commitment_weight=1.)
+                self.codebook = torch.zeros(c.codebook, c.code_dim)
+
+            def forward(self, z):
+                e, codes, loss = self.vq(z.flatten(1, 2))
+                return e.view_as(z), codes.view(z.shape[:3]), loss
+        theirs = VQTokenizer(c)
+        theirs.quantizer = Theirs()
+        add('vector-quantize-pytorch', theirs)
+    report.add('tokenizer, training step', alternate(runs, rounds), 'pictures', len(x))
+    report.add('tokenizer, there and back', alternate(trips, rounds), 'pictures', len(x))
+
+def growth(report: Report, rounds: int):
+    """How the step grows with length, batch, width and layers; generation with length."""
+    base = dict(T=160, B=4, C=128, n_layer=4)
+    for key, values in (('T', (160, 320, 640)), ('B', (4, 8, 16)), ('C', (128, 256, 512)), ('n_layer', (4, 8, 16))):
+        seconds = []
+        for value in values:
+            how = base | {key: value}
+            umm = UMM(Config(vocab=V, n_layer=how['n_layer'], n_head=4, n_embd=how['C']))
+            x = torch.randint(V, (how['B'], min(how['T'], 500)))
+            x = x if how['T'] <= 500 else x.repeat(2, 1)       # a text is at most 512 tokens: two of them instead
+            step = stepper(lambda: umm(Sequence(x, torch.ones_like(x), x))[0], train.optimizers(umm, 2e-3, .02))
+            seconds.append(statistics.median(w for w, _ in alternate({'s': step}, rounds)['s']))
+        shown = ', '.join(f'{v}: {1e3 * t:.0f} ms' for v, t in zip(values, seconds))
+        report.note(f'step against {key}', shown)
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--quick', action='store_true', help='fewer rounds, no growth curves: under 3 minutes')
+    p.add_argument('--json', default='', help='write {name: median ratio} to this file')
+    p.add_argument('--nanogpt', default='', help='folder of a clone of nanoGPT')
+    p.add_argument('--threads', type=int, default=1)
+    a = p.parse_args(argv)
+    if a.threads < 1:
+        raise UserError(f'--threads is {a.threads}: 1 or more')
+    evaluation.choose_device('cpu', 'float32', a.threads)
+    report, rounds = Report(), 3 if a.quick else 7
+    training(report, rounds, a.nanogpt)
+    main_job(report, rounds)
+    generation(report, max(2, rounds // 2))
+    tokenizer(report, rounds)
+    if not a.quick:
+        growth(report, 3)
+    print('\n' + report.table())
+    if a.json:
+        with open(f'{a.json}.part', 'w') as f:
+            json.dump(report.ratios, f, indent=1)
+        os.replace(f'{a.json}.part', a.json)
+
+if __name__ == '__main__':
+    data.guard(main)
