@@ -161,6 +161,8 @@ class Folder(World):
         super().__init__(size, seed, device, text or Text.from_corpus(self.corpus(), 1024))
         for row in rows:                                # longer ones have no positions in the model
             for a, b, more in ((row['caption'], row['plan'], 200), *((*qa, 0) for _, qa in row['qa'])):
+                if len((a + b).encode()) + more < MAX_TEXT - 14:      # a token is a byte or more
+                    continue
                 n = len(self.text.encode(a)) + len(self.text.encode(b)) + more
                 if n > MAX_TEXT - 12:
                     raise UserError(f"{root}: a text about {row['file']} has {n - more} tokens, at most "
