@@ -323,10 +323,12 @@ class World:
     """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
     kinds, maps, captions = VISUAL, MAPS, True       # types of question, maps, captions: what there is
     limit, example = lambda self, split: math.inf, 'a red circle left of a blue square'
+    vocab = 512                                      # text tokens
+    targets = property(lambda self: [k for k in PROXIES if k in self.maps or k not in MAPS])
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
         self.size, self.seed, self.device = size, seed, device
-        self.text = text or Text.from_corpus(self.corpus())
+        self.text = text or Text.from_corpus((*self.corpus(), *sum(WORDS.values(), ())), self.vocab)
 
     def scenes(self, split: str, index: int, B: int, pixels=True):
         """-> (B scenes: (objects, theme), their Rendering, a random.Random for the text)."""
@@ -344,7 +346,6 @@ class World:
             yield from (c for style in STYLES if (c := caption(objs, style, rng)))
             for kind in VISUAL + REASON:
                 yield from Questions(objs, theme, rng).ask(kind) or ()
-        yield from (w for words in WORDS.values() for w in words)
 
     def ask(self, scene, kind: str, rng) -> list:
         """[(question, answer)] of one type about a scene, or []."""

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import MAPS, MAX_TEXT, PALETTE, REASON, SPLITS, WORDS, Rendering, Text, UserError, World
+from data import MAPS, MAX_TEXT, PALETTE, REASON, SPLITS, Rendering, UserError, World
 
 FORMAT = 2                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
@@ -44,8 +44,8 @@ def palette(n: int):
         colours = torch.cat([colours, grid[far.argmax()][None]])
     return colours
 
-def read_image(path, size: int):
-    """A picture file of any size and mode, turned upright, on white -> uint8 [3, size, size]."""
+def upright(path) -> Image.Image:
+    """A picture file of any size and mode: RGB, turned upright, on white."""
     try:
         warnings.simplefilter('ignore')        # of PIL, about damaged parts; MAX_PIXELS is stricter
         with Image.open(path) as im:
@@ -57,8 +57,7 @@ def read_image(path, size: int):
                 a = np.asarray(im, dtype=np.float32)
                 im = Image.fromarray(((a - a.min()) / max(1e-6, np.ptp(a)) * 255).astype(np.uint8))
             im = im.convert('RGBA')
-            im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
-            pixels = np.array(im.resize((size, size), Image.BOX))                     # [S,S,3]
+            return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
     except FileNotFoundError:
         raise UserError(f'there is no picture {path}')
     except UserError:
@@ -66,7 +65,12 @@ def read_image(path, size: int):
     except Exception as e:                           # PIL raises many kinds on broken files
         raise UserError(f'cannot read {path} as a picture ({type(e).__name__}: {str(e)[:60]}): '
                         'give a PNG or JPEG')
-    return torch.from_numpy(pixels).permute(2, 0, 1)                                  # [3,S,S]
+
+def shrunk(im: Image.Image, size: int):
+    """Resized by area -> uint8 [3, size, size]."""
+    return torch.from_numpy(np.array(im.resize((size, size), Image.BOX))).permute(2, 0, 1)    # [3,S,S]
+
+read_image = lambda path, size: shrunk(upright(path), size)
 
 def said_in(row: dict, size) -> dict:
     """The texts of a row, checked; size: (width, height) of its upright picture in pixels."""
@@ -106,10 +110,8 @@ def read_row(folder: Path, line: str, size: int, classes: int):
     row = json.loads(line)
     if type(row) is not dict or type(row.get('file_name')) is not str:
         raise ValueError('it must be a JSON object with a file_name')
-    path, arrays = folder / row['file_name'], {}
-    arrays['image'] = read_image(path, size)                                          # [3,S,S]
-    with Image.open(path) as im:
-        whole = ImageOps.exif_transpose(im).size        # masks and boxes are of the upright picture
+    picture = upright(folder / row['file_name'])
+    arrays, whole = {'image': shrunk(picture, size)}, picture.size       # of which mask and boxes are
     if row.get('mask'):
         with Image.open(folder / row['mask']) as im:
             if im.size != whole or im.mode not in ('P', 'L'):
@@ -123,10 +125,9 @@ def read_row(folder: Path, line: str, size: int, classes: int):
     return said_in(row, whole) | {k: k in arrays for k in ('mask', 'depth')}, arrays
 
 class Folder(World):
-    """Real pictures in Hugging Face's ImageFolder layout: root/{train,validation,test}/metadata.jsonl, a
-    JSON object a line: file_name; in all lines or in none caption, mask (class ids, named in order in
-    root/classes.json; 255 = ignored), depth (bright = near); where known qa [{question, answer, type}],
-    objects [{name, bbox}]. Decoded once: root/.cache is used until a file's size or time changes."""
+    """Batches from the folder described above. Decoded once: root/.cache is used until the size or time
+    of a file changes. Raises UserError where something is wrong with it."""
+    vocab = 1024
 
     def __init__(self, root, size=32, seed=0, device='cpu', text=None, skip_bad=False):
         self.root, self.size, self.skip_bad = Path(root), size, skip_bad
@@ -151,14 +152,13 @@ class Folder(World):
             raise UserError(f'{root} has neither captions nor questions: there is nothing to learn')
         maps = {'edge', *['seg'] * (not lack['mask']), *['depth'] * (not lack['depth'])}
         self.captions, self.maps = not lack['caption'], {k: f for k, f in MAPS.items() if k in maps}
-        self.has = {'image', *(k for k in lack if not lack[k])}
         self.example = self.rows['train'][0]['caption']
         known = {answer for row in self.rows['train'] for _, (_, answer) in row['qa']}
         asked = [a for s in SPLITS[1:] for row in self.rows[s] for _, (_, a) in row['qa']]
         if new := [a for a in asked if a not in known]:
             print(f'{root}: {len(new)} of {len(asked)} answers of validation and test never occur in '
                   f'train, such as {new[0]!r}: they count as wrong')
-        super().__init__(size, seed, device, text or Text.from_corpus(self.corpus(), 1024))
+        super().__init__(size, seed, device, text)
         for row in rows:                                # longer ones have no positions in the model
             for a, b, more in ((row['caption'], row['plan'], 200), *((*qa, 0) for _, qa in row['qa'])):
                 if len((a + b).encode()) + more < MAX_TEXT - 14:      # a token is a byte or more
@@ -248,23 +248,22 @@ class Folder(World):
         at = [*range(first, min(first + B, n))]
         at = [rng.randrange(n) for _ in range(B)] if split == 'train' else at
         none = torch.zeros(len(at), self.size, self.size, dtype=torch.long, device=self.device)
-        get = lambda k: self.arrays[f'{split}.{k}'][at].to(self.device) if k in self.has else none
-        image, classes, depth = get('image'), get('mask'), get('depth')
+        image, classes, depth = (x[at].to(self.device) if x is not None else none for x in (
+            self.arrays.get(f'{split}.{k}') for k in ('image', 'mask', 'depth')))
         r = Rendering(image / 255, classes.long(), none, depth / 255, self.palette)
         return [self.rows[split][i] for i in at], r, rng
 
     def corpus(self):
-        """The thousand most frequent words of train: what the tokens are learned from."""
+        """The thousand most frequent words of train."""
         words = Counter(w for row in self.rows['train'] for text in (row['caption'], row['plan'],
                         *(w for _, qa in row['qa'] for w in qa)) for w in text.lower().split())
-        yield from (w for w, _ in words.most_common(1000))
-        yield from (w for words in WORDS.values() for w in words)
+        return [w for w, _ in words.most_common(1000)]
 
     def ask(self, scene, kind, rng):
-        return [tuple(qa) for k, qa in scene['qa'] if k == kind]
+        return [qa for k, qa in scene['qa'] if k == kind]
 
     def turns(self, scene, Q, rng):
-        return [(k, tuple(qa)) for k, qa in rng.sample(scene['qa'], min(Q, len(scene['qa'])))]
+        return rng.sample(scene['qa'], min(Q, len(scene['qa'])))
 
     def describe(self, scene, style, rng):
         return {'list': scene['caption'] * self.captions, 'place': scene['plan']}.get(style)

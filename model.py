@@ -312,7 +312,7 @@ class UMM(nn.Module):
         told = (s.turn == 1).sum(1, keepdim=True)                                     # [B,1]
         back = told + torch.arange(-3, 0, device=told.device)                         # [B,3]
         ids, turn = s.text.gather(1, back.clamp(min=0)), torch.where(back < 0, -1, 1)
-        token = told[:, 0] * 0 + (self.c.codebook if draw else first)                 # [B or 2B]
+        token = torch.full_like(told[:, 0], self.c.codebook if draw else first)       # [B or 2B]
         tokens, done = [], torch.zeros_like(token[:B], dtype=torch.bool)
         for i in range(length):
             if draw:

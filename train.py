@@ -166,9 +166,9 @@ class Run:
                     raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
         text = text if s.resume or s.init else None
         self.world = open_world(s.data, s.size, s.seed, device, text, s.skip_bad)
-        if s.proxy not in (*self.world.maps, 'seg', 'recon', *data.SPOIL, 'none'):
+        if s.proxy not in (*self.world.targets, 'seg', 'none'):
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
-                            f"{', '.join(self.world.maps)}, recon, {', '.join(data.SPOIL)} or none")
+                            f"{', '.join(self.world.targets)} or none")
         self.dir.mkdir(parents=True, exist_ok=True)
         self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
@@ -286,7 +286,7 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
     a map. Each loss is a mean of fixed weight, whatever the number of pictures."""
     s, world, tok, umm, out, loss = run.s, run.world, run.tok, run.umm, {}, 0
     forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
-    if ask and (world.kinds or world.captions):
+    if ask:
         seq, _ = world.questions('train', 3 * step, ask, s.questions)
         seq.image = umm.inputs(tok, seq.image)
         if (text := forward(seq)[0]) is not None:          # None: nothing is known of these pictures
@@ -323,8 +323,7 @@ def pretrain(run: Run):
 def posttrain(run: Run):
     """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions."""
     s = run.s
-    off = s.proxy == 'none' or s.proxy == 'seg' and 'seg' not in run.world.maps
-    proxies = 0 if off else round(s.ratio * s.post_ask)
+    proxies = round(s.ratio * s.post_ask) if s.proxy in run.world.targets else 0
 
     def loss_of(step):
         late = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1      # as much in all

@@ -224,14 +224,13 @@ def tokenizer(report: Report, rounds: int):
 
 def growth(report: Report, rounds: int):
     """How the step grows with length, batch, width and layers; generation with length."""
-    base = dict(T=160, B=4, C=128, n_layer=4)
-    for key, values in (('T', (160, 320, 640)), ('B', (4, 8, 16)), ('C', (128, 256, 512)), ('n_layer', (4, 8, 16))):
+    base = dict(T=128, B=4, C=128, n_layer=4)
+    for key, values in (('T', (128, 256, 512)), ('B', (4, 8, 16)), ('C', (128, 256, 512)), ('n_layer', (4, 8, 16))):
         seconds = []
         for value in values:
             how = base | {key: value}
             umm = UMM(Config(vocab=V, n_layer=how['n_layer'], n_head=4, n_embd=how['C']))
-            x = torch.randint(V, (how['B'], min(how['T'], 500)))
-            x = x if how['T'] <= 500 else x.repeat(2, 1)       # a text is at most 512 tokens: two of them instead
+            x = torch.randint(V, (how['B'], how['T']))
             step = stepper(lambda: umm(Sequence(x, torch.ones_like(x), x))[0], train.optimizers(umm, 2e-3, .02))
             seconds.append(statistics.median(w for w, _ in alternate({'s': step}, rounds)['s']))
         shown = ', '.join(f'{v}: {1e3 * t:.0f} ms' for v, t in zip(values, seconds))

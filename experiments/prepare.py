@@ -150,19 +150,24 @@ def pet(row, mask, breeds, rng) -> dict:
 
 # ---- COCO ----
 def coco(a):
-    names, files, said = {}, [], defaultdict(list)
+    names, files, said, pictures = {}, [], defaultdict(list), defaultdict(list)
+    for p in a.downloads.rglob('*'):
+        if p.suffix.lower() in ('.jpg', '.jpeg', '.png'):
+            pictures[p.name].append(p)
     for f in sorted(a.downloads.rglob('*.json')):
+        if 'person_keypoints' in f.name:                       # large, beside the instances in the official zip
+            continue
         d = read_json(f)
         if 'caption' in f.name:
             for note in d['annotations']:
                 said[note['image_id']].append(' '.join(note['caption'].lower().strip(' .\n').split()))
-        elif 'categories' in d and ('instances' in f.name or 'images' in d) and 'person_keypoints' not in f.name:
+        elif 'categories' in d and ('instances' in f.name or 'images' in d):
             names |= {c['id']: c['name'].lower() for c in d['categories']}
             files.append((f, d))
     if not files:
         raise UserError(f'no instances_*.json under {a.downloads}: see -h for where to get it')
     files = [(f, split_of(f.relative_to(a.downloads)), d, found) for f, d in files
-             if (found := located(f, d['images'], a.downloads))]
+             if (found := located(f, d['images'], a.downloads, pictures))]
     if not files:
         raise UserError(f'no pictures of these annotations under {a.downloads}: see -h for where to get them')
     count = Counter(names.get(n['category_id']) for _, _, d, _ in files for n in d['annotations'])
@@ -195,17 +200,15 @@ def dealt(split: str, k: int, there: set) -> str:
     lacking = ['validation', 'test'] if len(there) == 1 else [s for s in SPLITS if s not in there]
     return dict(zip((9, 8), lacking)).get(k % 10, 'train') if split == 'train' or len(there) == 1 else split
 
-def located(f: Path, images: list, root: Path) -> dict:
+def located(f: Path, images: list, root: Path, pictures: dict) -> dict:
     """{id: path} of the pictures of a file of annotations that are there: by their path from the file's folder,
-    else by the only picture under root whose path ends so (or, of several, in a folder of that split)."""
-    ends = defaultdict(list)
-    for p in root.rglob('*'):
-        if p.suffix.lower() in ('.jpg', '.jpeg', '.png'):
-            ends[p.name].append(p)
+    else by the only picture under root whose path ends so (or, of several, in a folder of that split).
+    pictures: {name: paths under root}."""
     found, split = {}, split_of(f.relative_to(root))
     for im in images:
         tail = PurePosixPath(im['file_name'])
-        paths = [p for p in ends[tail.name] if p.parts[-len(tail.parts):] == tail.parts] or ends[tail.name]
+        named = pictures[tail.name]
+        paths = [p for p in named if p.parts[-len(tail.parts):] == tail.parts] or named
         if (f.parent / tail).is_file():
             paths = [f.parent / tail]
         elif len(paths) > 1:

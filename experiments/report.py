@@ -213,15 +213,19 @@ def report(out: Path):
         if any(arm in INK for arm in found):
             figures(out, found)
             sweeps(out, found)
-    settings = a_model(out, found)[4]['settings']
-    targets(out, open_world(settings.get('data'), settings['size'], 0, 'cpu'))
-    samples(out, found)
+    world = world_of(a_model(out, found)[4]['settings'])
+    targets(out, world)
+    samples(out, found, world)
     print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json, figures')
+
+def world_of(settings: dict, text=None):
+    """The world that a run was trained on, with the scenes that are the same for all."""
+    return open_world(settings.get('data'), settings['size'], 0, 'cpu', text, settings.get('skip_bad'))
 
 def targets(out: Path, world, n=6):
     """targets.png: input pictures, and the target of every proxy; of a restoration its spoilt input too."""
     rows, names = [], []
-    for name in [k for k in data.PROXIES if k in world.maps or k not in data.MAPS]:
+    for name in world.targets:
         s, target, r = world.proxies('val', 0, n, name)
         spoilt = name in data.SPOIL
         rows += [r.image] * (not rows) + [s.image if spoilt else target]
@@ -235,14 +239,13 @@ def a_model(out: Path, found):
     return model.load(path if path.exists() else path.parents[1] / 'base/pretrained.safetensors')
 
 @torch.no_grad()
-def samples(out: Path, found, n=6):
+def samples(out: Path, found, world, n=6):
     """samples.png: for each arm of the first seed, the map it was taught, of the same test pictures, and its
     drawings of the same prompts."""
     rows, names = [], []
     for arm in [a for a in INK if a in found]:
-        tok, umm, text, _, meta = a_model(out, {arm: found[arm]})
+        tok, umm, world.text, _, meta = a_model(out, {arm: found[arm]})
         settings = meta['settings']
-        world = open_world(settings.get('data'), umm.c.size, 0, 'cpu', text)    # the same scenes for all
         proxy = settings['proxy'] if meta['stage'] == 'posttrain' and arm != 'none' else 'none'
         s, _, r = world.proxies('test', 2**21, n, proxy if proxy != 'none' else 'recon')
         if not rows:
@@ -256,7 +259,7 @@ def samples(out: Path, found, n=6):
             s.image = umm.inputs(tok, s.image)
             rows.append(tok.decode(umm.generate(s, temperature=0)))
             names.append([f'{arm}: its map'])
-        codes, _ = model.draw(umm, text, wanted, torch.Generator().manual_seed(0), cfg=2.)
+        codes, _ = model.draw(umm, world.text, wanted, torch.Generator().manual_seed(0), cfg=2.)
         rows.append(tok.decode(codes))
         names.append([f'{arm}: "{w}"' for w in wanted])
     if rows:
@@ -295,7 +298,7 @@ def losses(run: Path):
     import matplotlib.pyplot as plt
     tok, umm, text, _, meta = model.load(run / 'model.safetensors')
     proxy, s = meta['settings']['proxy'], meta['settings']
-    world = open_world(s.get('data'), umm.c.size, 0, 'cpu', text)
+    world = world_of(s, text)
     entropy = lambda ids: torch.special.entr(ids.bincount() / ids.numel()).sum().item()
     asked, drawn = world.questions('val', 0, 128, s['questions'])[0], world.drawings('val', 1, 128)
     shown = {'text': (umm.c.vocab, asked.target), 'plan': (umm.c.vocab, drawn[0].target),

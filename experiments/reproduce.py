@@ -251,9 +251,8 @@ def measure(run, n) -> dict:
     """All scores of an arm, on test scenes that are the same for every arm and seed. Of real pictures no
     scenes are known: there are no probes and no attention shares."""
     umm, tok, world = run.umm, run.tok, copy.copy(run.world)
-    world.seed = 0
+    world.seed, n = 0, min(n, world.limit('test'))
     if isinstance(world, Folder):
-        n = min(n, len(world.rows['test']))
         scores = {'generation': evaluation.recognition(umm, tok, world, min(n, 192), run.s.cfg)} \
             if world.captions else {}
     else:
@@ -331,8 +330,8 @@ def main(argv=None):
     a.threads, a.n = max(1, os.cpu_count() // a.jobs), a.n or (64 if a.preset == 'test' else 512)
     if a.data and not a.report:        # decoded here once, before the workers would all do it
         world = open_world(a.data, train.parse(['--preset', a.preset]).size, 0, 'cpu', None, a.skip_bad)
-        off = data.MAPS.keys() - world.maps.keys()
-        without = [arm for arm in arms if ARMS[arm] is not None and ARMS[arm].get('proxy', 'seg') in off]
+        taught = {arm: (ARMS[arm] or {'proxy': 'none'}).get('proxy', 'seg') for arm in arms}
+        without = [arm for arm in arms if taught[arm] not in (*world.targets, 'none')]
         if without:
             print(f"{a.data} has no maps for {', '.join(without)}: left out")
         arms = [arm for arm in arms if arm not in without]

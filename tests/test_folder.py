@@ -72,6 +72,18 @@ def change(root, k, split='train', **keys):
     meta.write_text('\n'.join(map(json.dumps, rows)))
 
 
+def change_all(root, keys_of):
+    """Change every row: keys_of(its number in its split) -> keys, as in change."""
+    for split, n in (('train', 24), ('validation', 8), ('test', 8)):
+        for k in range(n):
+            change(root, k, split, **keys_of(k))
+
+
+def command(root, out):
+    """Words of a command line that trains on the folder in a moment."""
+    return ['--preset', 'test', '--data', str(root), '--out', str(out), '--threads', '1', '--eval_n', '16']
+
+
 def test_what_is_read_is_what_is_there(root):
     world = Folder(root, 16)
     rows, r, _ = world.scenes('val', 0, 5)
@@ -244,36 +256,29 @@ def test_windows_lines_and_marks_are_read(root):
 
 def test_captions_alone_are_enough(root, tmp_path):
     """Two captions in three are plans, which need objects: a batch may hold no text at all."""
-    for split, n in (('train', 24), ('validation', 8), ('test', 8)):
-        for k in range(n):
-            change(root, k, split, qa=None, objects=None)
-    words = ['--preset', 'test', '--data', str(root), '--out', str(tmp_path / 'run'), '--threads', '1', '--eval_n', '16']
-    train.main([*words, '--pre_ask', '1', '--post_ask', '1'])
+    change_all(root, lambda k: dict(qa=None, objects=None))
+    train.main([*command(root, tmp_path / 'run'), '--pre_ask', '1', '--post_ask', '1'])
 
 
 def test_a_typo_in_data_leaves_the_old_run_alone(root, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'log.jsonl').write_text('kept')
     with pytest.raises(UserError):
-        train.main(['--preset', 'test', '--data', str(root) + 'x', '--out', str(tmp_path / 'run'), '--overwrite'])
+        train.main([*command(f'{root}x', tmp_path / 'run'), '--overwrite'])
     assert (tmp_path / 'run' / 'log.jsonl').read_text() == 'kept'
 
 
 @pytest.mark.parametrize('gone', ['mask', 'caption', 'qa'])
 def test_what_is_missing_switches_off_what_needs_it(root, gone, tmp_path, capsys):
-    for split, n in (('train', 24), ('validation', 8), ('test', 8)):
-        for k in range(n):
-            change(root, k, split, **{gone: None})
+    change_all(root, lambda k: {gone: None})
     out = tmp_path / 'run'
-    train.main(['--preset', 'test', '--data', str(root), '--out', str(out), '--threads', '1', '--eval_n', '16'])
+    train.main(command(root, out))
     assert f'no {gone} in' in capsys.readouterr().out
     scores = json.loads((out / 'scores.json').read_text())
     assert bool(scores['segmentation']) == (gone != 'mask') and bool(scores['generation']) == (gone != 'caption')
     assert (scores['understanding']['mean']['value'] is None) == (gone == 'qa')
     if gone == 'caption':
-        for split, n in (('train', 24), ('validation', 8), ('test', 8)):
-            for k in range(n):
-                change(root, k, split, qa=None)
+        change_all(root, lambda k: {'qa': None})
         with pytest.raises(UserError, match='nothing to learn'):
             Folder(root, 16)
 
@@ -286,10 +291,8 @@ def test_answers_that_training_never_gives_are_counted(root, capsys):
 
 def test_depth_maps_are_used_where_all_rows_have_one(root, tmp_path):
     with pytest.raises(UserError, match='depth'):
-        train.main(['--preset', 'test', '--data', str(root), '--out', str(tmp_path / 'run'), '--proxy', 'depth'])
-    for split, n in (('train', 24), ('validation', 8), ('test', 8)):
-        for k in range(n):
-            change(root, k, split, depth=f'{k}m.png')
+        train.main([*command(root, tmp_path / 'run'), '--proxy', 'depth'])
+    change_all(root, lambda k: {'depth': f'{k}m.png'})
     world = Folder(root, 16)
     target = world.proxies('val', 0, 2, 'depth')[1]
     name = world.rows['val'][1]['file'].replace('.', 'm.')
@@ -300,7 +303,7 @@ def test_depth_maps_are_used_where_all_rows_have_one(root, tmp_path):
 
 def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'run'
-    words = ['--preset', 'test', '--data', str(root), '--out', str(out), '--threads', '1', '--eval_n', '16']
+    words = command(root, out)
     train.main(words)
     assert 'a red block on the' in capsys.readouterr().out  # the next command to try is of this set
     scores = json.loads((out / 'scores.json').read_text())
