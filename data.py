@@ -34,7 +34,7 @@ VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
 KINDS = VISUAL * 2 + REASON    # what training asks, and how often
 NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
-SPLITS, MAX_TEXT = ('train', 'val', 'test'), 512         # MAX_TEXT: longest text in tokens
+SPLITS, MAX_TEXT, MAX_PLAN = ('train', 'val', 'test'), 512, 200       # longest text and plan, tokens
 
 class UserError(Exception):
     """What a user got wrong: what, which value, how to fix it."""

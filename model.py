@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import MAX_TEXT, Sequence, Text, UserError, pack
+from data import MAX_PLAN, MAX_TEXT, Sequence, Text, UserError, pack
 
 @dataclass
 class Config:
@@ -349,7 +349,7 @@ def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
 def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
     """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
     asked = pack(text, [[(prompt, None)] for prompt in prompts], device=umm.row.device)
-    plans = write(umm, text, asked, 200, generator=generator, temperature=float(temperature > 0))
+    plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=float(temperature > 0))
     planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=umm.row.device)
     return umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how), plans
 

@@ -7,12 +7,21 @@ from hypothesis import HealthCheck, given, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+
+model.MAX_PLAN = 24  # what is untrained never ends a plan
 torch.set_num_threads(1)  # two threads on a busy machine are several times slower than one
 
 
 def pytest_addoption(parser):
     parser.addoption('--fuzz', type=int, default=1, help='test_fuzz.py: times as many random inputs')
     parser.addoption('--kills', type=int, default=1, help='test_kill.py: how often a run is killed')
+
+
+@pytest.hookimpl(tryfirst=True)  # before the same hook of pytest-xdist, which reads them
+def pytest_cmdline_main(config):
+    if config.option.numprocesses is None and not hasattr(config, 'workerinput'):  # `-n 0`: in this process
+        config.option.numprocesses, config.option.dist = 2, 'worksteal'
 
 
 def pytest_configure(config):
