@@ -43,13 +43,20 @@ def guard(main):
     """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt) as e:
+    except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
         hint = ['(missing? no room? try --out)'] * isinstance(e, OSError)
         print('error:', str(e) or 'stopped', *hint, file=sys.stderr)
         sys.exit(2)
     except Exception:
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
         raise
+
+def find_device(name='auto') -> torch.device:
+    """The one place where it is chosen; auto: cuda where there is one, else cpu."""
+    there = [d for d in ('cuda', 'mps', 'cpu') if getattr(torch, d).is_available()]
+    if name not in (*there, 'auto'):
+        raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
+    return torch.device('cuda' * ('cuda' in there) or 'cpu' if name == 'auto' else name)
 
 def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
     """A random source; of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
@@ -322,8 +329,8 @@ def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
 class World:
     """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
     kinds, maps, captions = VISUAL, MAPS, True       # types of question, maps, captions: what there is
-    limit, example = lambda self, split: math.inf, 'a red circle left of a blue square'
-    vocab = 512                                      # text tokens
+    example, vocab, limit = 'a red circle left of a blue square', 512, lambda self, split: math.inf
+    checksum = 0                                     # of the data, to notice that they have changed
     targets = property(lambda self: [k for k in PROXIES if k in self.maps or k not in MAPS])
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
@@ -335,8 +342,7 @@ class World:
         scenes = sample_scenes(B, generator(self.seed, split, index))
         found = list(zip(objects(scenes), scenes.theme.tolist()))
         g = generator(self.seed, split, index + 2**31, self.device)
-        scenes = Scenes(*(t.to(self.device) for t in scenes))
-        r = render(scenes, self.size, g) if pixels else None
+        r = render(Scenes(*(t.to(self.device) for t in scenes)), self.size, g) if pixels else None
         return found, r, random.Random(f'{self.seed}/{split}/{index}')
 
     def corpus(self):
@@ -358,8 +364,7 @@ class World:
             turns += [(kind, qa) for qa in self.ask(scene, kind, rng)]
         return turns
 
-    def describe(self, scene, style: str, rng):
-        return caption(scene[0], style, rng)
+    describe = lambda self, scene, style, rng: caption(scene[0], style, rng)
 
     def questions(self, split, index, B, Q, captions=('place', 'place', 'list')):
         """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""

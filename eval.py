@@ -359,11 +359,8 @@ def report(scores: dict, path: Path):
     os.replace(f'{path}.part', path)
 
 def choose_device(device='auto', dtype='auto', threads=0):
-    """The one place where both are chosen: -> (torch.device, bfloat16?); prints them with the reason."""
-    there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    name = ('cuda' if 'cuda' in there else 'cpu') if device == 'auto' else device
-    if name not in there:
-        raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
+    """-> (torch.device, compute in bfloat16?); prints them with the reason."""
+    name = data.find_device(device).type
     torch.set_num_threads(threads or torch.get_num_threads())
     units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
         name == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
@@ -386,10 +383,11 @@ def main(argv=None):
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
+    p.add_argument('--device', default='auto', help='cpu, cuda or mps (default %(default)s)')
     a = p.parse_args(argv)
     if a.n < 16 or not 0 <= a.cfg <= 100:
         raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
-    device, _ = choose_device()
+    device, _ = choose_device(a.device)
     tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
     s = meta['settings']
     world = open_world(a.data or s.get('data'), umm.c.size, 0, device, text, s.get('skip_bad'))

@@ -7,7 +7,7 @@ A line of metadata.jsonl is a JSON object; paths are relative to its folder. Its
     file_name                       PNG or JPEG of any size and mode
     caption, mask, depth            in every line or not used; mask: indexed PNG as large as the picture,
                                     class ids as named in order in DIR/classes.json, 255 = ignored;
-                                    depth: grey, bright = near
+                                    depth: grey, bright = near; 16 bits: stretched to what occurs in it
     qa                              [{question, answer, type}], where known
     objects                         [{name, bbox: [x0, y0, x1, y1]}], where known: what a drawing plans;
                                     pixels of the upright picture, as for the mask
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -139,6 +140,9 @@ class Folder(World):
         except (ValueError, LookupError, TypeError, RecursionError) as e:
             raise UserError(f'{names} is not {{"mask_classes": ["background", ...]}}: {e!r:.60}')
         self.palette, (self.rows, self.arrays) = palette(len(classes)), self.cached(len(classes))
+        self.checksum = zlib.crc32(json.dumps(self.rows).encode())
+        for k in sorted(self.arrays):
+            self.checksum = zlib.crc32(self.arrays[k].numpy(), self.checksum)
         rows = sum(self.rows.values(), [])
         lack = {k: [row['file'] for row in rows if not row[k]] for k in ('caption', 'mask', 'depth')}
         self.kinds = tuple(sorted({kind for row in self.rows['train'] for kind, _ in row['qa']}))

@@ -42,7 +42,8 @@ def parse(argv=None):
                 ('temperature', .7 if draw else 0., '0 = greedy'),
                 ('top_k', 64, 'sample from that many likeliest tokens, 0 = all'),
                 ('out', f'{task}.png', 'PNG to write, where the answer is a picture'),
-                ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/')):
+                ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/'),
+                ('device', 'auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu')):
             q.add_argument(f'--{name}', type=type(default), default=default,
                            help=f'{text} (default {default!r})')
     a = p.parse_args(argv)
@@ -61,8 +62,7 @@ def newest_checkpoint():
 @torch.no_grad()
 def main(argv=None):
     a = parse(argv)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    checkpoint = a.checkpoint or newest_checkpoint()
+    device, checkpoint = data.find_device(a.device), a.checkpoint or newest_checkpoint()
     tok, umm, text, _, _ = load(checkpoint, device)
     prompt = a.text if a.task in ('draw', 'ask') else data.WORDS[TASKS[a.task][1]][0]
     n, limit = len(text.encode(prompt)), data.MAX_TEXT - 200     # a plan or an answer follows

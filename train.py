@@ -6,13 +6,12 @@
 
     python train.py                  everything, then the evaluation; writes out/cpu (or out/gpu)
     python train.py --resume         the same command and --resume: go on after an interruption
-    python train.py --preset test    the same in seconds
 """
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 import signal
 import time
@@ -142,7 +141,7 @@ class Run:
 
     def __init__(self, s: Settings, device, bf16=False):
         self.s, self.device, self.bf16, self.dir = s, device, bf16, Path(s.out)
-        self.stage, self.step, self.saved, self.stop = STAGES[0], 0, {}, False
+        self.stage, self.step, self.saved, self.stop, text = STAGES[0], 0, {}, False, None
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
             raise UserError(f'nothing to resume: there is no {state}; leave out --resume to start')
@@ -164,13 +163,14 @@ class Run:
             for k, v in vars(self.umm.c).items():
                 if getattr(s, k, v) != v:
                     raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
-        text = text if s.resume or s.init else None
         self.world = open_world(s.data, s.size, s.seed, device, text, s.skip_bad)
+        if s.resume and self.world.checksum != meta.get('checksum', 0):
+            raise UserError(f'{s.data} has changed since the run began: restore it or --overwrite this')
         if s.proxy not in (*self.world.targets, 'seg', 'none'):
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.targets)} or none")
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', newline='\n')
+        self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', 1, newline='\n')
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
         self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
         self.logfile.truncate()
@@ -185,8 +185,7 @@ class Run:
 
     def log(self, **line):
         self.lines.append(json.dumps(line) + '\n')
-        self.logfile.write(self.lines[-1])
-        self.logfile.flush()
+        self.logfile.write(self.lines[-1])                # line buffered
 
     def save(self, name: str, stage: str, step: int, opts=()):
         """Weights, and with `opts` the optimizers' state: enough to sample, to evaluate or to resume."""
@@ -197,7 +196,7 @@ class Run:
                 tensors |= {f'optimizer.{i}.{j}.{k}': t for k, t in state.items()}
         meta = {'config': vars(self.umm.c), 'text': [t.hex() for t in self.world.text.vocab],
                 'settings': vars(self.s), 'stage': stage, 'step': step, 'lines': len(self.lines)}
-        save(self.dir / name, tensors, meta)
+        save(self.dir / name, tensors, meta | {'checksum': self.world.checksum})
 
     def restore(self, opts):
         """Put the saved state back, in the memory layout of the parameters: fused AdamW counts on it."""
@@ -261,25 +260,24 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
 # ---- the three stages ----
 def train_tokenizer(run: Run):
     """Autoencode pictures and the maps of all proxies together: one codebook has to draw them all."""
-    s, world, maps = run.s, run.world, list(run.world.maps.values())
+    s, tok, world, maps = run.s, run.tok, run.world, list(run.world.maps.values())
 
     def loss_of(step):
         _, r, _ = world.scenes('train', step, s.tok_batch)
         half, most = s.tok_batch // 2, s.tok_batch * 3 // 4     # 1/2 pictures, 1/4 masks, 1/4 all
         x = torch.cat([r.image[:half], maps[0](r)[half:most],
                        *(f(r)[most + i::len(maps)] for i, f in enumerate(maps))])     # [B,3,S,S]
-        y, _, commitment = run.tok(x)
+        y, _, commitment = tok(x)
         mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
         return {'loss': mse + .3 * l1 + .25 * commitment, 'mse': mse, 'commitment': commitment}
 
     def sample(run):
         _, r, _ = world.scenes('val', 0, 8)
-        both = lambda x: (x, run.tok.decode(run.tok.encode(x)))
-        rows = [x for f in (*maps, PROXIES['recon']) for x in both(f(r))]
-        return evaluation.tokenizer(run.tok, world, 128, 'val'), evaluation.grid(rows)
+        rows = [x for f in (*maps, PROXIES['recon']) for x in (f(r), tok.decode(tok.encode(f(r))))]
+        return evaluation.tokenizer(tok, world, 128, 'val'), evaluation.grid(rows)
 
-    loop(run, 'tokenizer', run.tok, loss_of, s.tok_steps, s.tok_lr, s.muon_lr, sample)
-    run.tok.eval().requires_grad_(False)
+    loop(run, 'tokenizer', tok, loss_of, s.tok_steps, s.tok_lr, s.muon_lr, sample)
+    tok.eval().requires_grad_(False)
 
 def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1.) -> dict:
     """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
@@ -306,8 +304,7 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1.
         out[s.proxy] = forward(seq, s.hide)[1]
         umm.blocks.requires_grad_(True)
         loss = loss + s.w_proxy * out[s.proxy]
-    loss = loss if out else 0 * umm.source.sum()
-    return {'loss': loss} | {k: v.detach() for k, v in out.items()}
+    return {'loss': loss if out else 0 * umm.source.sum()} | {k: v.detach() for k, v in out.items()}
 
 def sample_umm(run: Run):
     """-> understanding of a few validation pictures, and a picture of what the model can do."""
@@ -368,6 +365,12 @@ def check(s: Settings):
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
+    # Peak of a step: twice what autograd keeps, 20 C + 1.3 H T floats a token and block (results.md)
+    T, B = s.size**2 // 8 + 60, max(s.pre_ask + s.pre_draw, (1 + s.ratio) * s.post_ask + s.post_draw)
+    need = .5 + 8e-9 * s.n_layer * B * T * (20 * s.n_embd + 1.3 * s.n_head * T)
+    room = hasattr(os, 'sysconf') and os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
+    if room and need > room:
+        print(f'warning: a step may need {need:.0f} GB of {room:.0f}: ask for less or a smaller model')
 
 def main(argv=None):
     begin, s = time.time(), parse(argv)
@@ -375,9 +378,9 @@ def main(argv=None):
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
           '{:.2f} a code'.format(*size, run.guess('text'), run.guess('draw')))
-    with contextlib.suppress(ValueError):          # Ctrl-C ends the step, saves, stops; a second kills
-        signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),
-                                                 signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    # Ctrl-C ends the step, saves, stops; a second one kills
+    signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),
+                                             signal.signal(signal.SIGINT, signal.SIG_DFL)))
     train_tokenizer(run)
     pretrain(run)
     if run.step == 0:

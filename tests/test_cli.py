@@ -194,6 +194,7 @@ def test_pictures_cut_at_every_byte_of_the_header_animated_and_long(tmp_path):
         (['draw', 'x', '--cfg', 'nan'], 'cfg'),
         (['draw', 'x', '--out', 'none/x.png'], 'none/x.png'),
         (['draw', 'x', '--checkpoint', 'none'], 'train.py'),
+        (['draw', 'x', '--device', 'tpu'], 'tpu'),
         (['draw', 'x', '--checkpoint', 'photo.png'], 'photo.png'),
         (['ask', 'none.png', 'how many?'], 'none.png'),
         (['segment', 'out'], 'out'),

@@ -316,6 +316,20 @@ def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, monkeypat
     evaluation.main(['--run', str(out), '--n', '16'])
     again = json.loads((out / 'scores_test.json').read_text())
     assert again['understanding'] == scores['understanding'] and again['generation'] == scores['generation']
+    change(root, 0, caption='a block')
+    with pytest.raises(UserError, match='has changed since the run began'):
+        train.main([*words, '--resume'])
+
+
+def test_only_what_is_read_counts_as_a_change(root):
+    first = Folder(root, 16).checksum
+    (root / 'train' / '0.png').touch()
+    assert Folder(root, 16).checksum == first  # decoded again
+    assert Folder(root, 16).checksum == first  # from the cache
+    change(root, 0, note='not read')
+    assert Folder(root, 16).checksum == first
+    shutil.copy(root / 'train' / '1.png', root / 'train' / '0.png')
+    assert Folder(root, 16).checksum != first
 
 
 def test_ignored_pixels_do_not_count(root):
