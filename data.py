@@ -32,7 +32,8 @@ CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'rela
           'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
 VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
-KINDS = VISUAL * 2 + REASON    # what training asks, and how often
+KINDS = VISUAL * 2 + REASON    # what training asks, and how often; then, once shapes are known:
+FINDING = VISUAL + REASON + ('where', 'exist') * 7 + ('relation',) * 2 + ('distance',)
 NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
 SPLITS, MAX_TEXT, MAX_PLAN = ('train', 'val', 'test'), 512, 200       # longest text and plan, tokens
 
@@ -357,21 +358,20 @@ class World:
         """[(question, answer)] of one type about a scene, or []."""
         return [qa] if (qa := Questions(*scene, rng).ask(kind)) else []
 
-    def turns(self, scene, Q: int, rng) -> list:
+    def turns(self, scene, Q: int, rng, kinds=KINDS) -> list:
         turns = []                                            # [(type, (question, answer))]
         while len(turns) < Q:
-            kind = rng.choice(KINDS)
-            turns += [(kind, qa) for qa in self.ask(scene, kind, rng)]
+            turns += [(kind, qa) for kind in [rng.choice(kinds)] for qa in self.ask(scene, kind, rng)]
         return turns
 
     describe = lambda self, scene, style, rng: caption(scene[0], style, rng)
 
-    def questions(self, split, index, B, Q, captions=('place', 'place', 'list')):
+    def questions(self, split, index, B, Q, captions=('place', 'place', 'list'), kinds=KINDS):
         """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""
         scenes, r, rng = self.scenes(split, index, B)
         rows = []
         for scene in scenes:
-            rows.append(self.turns(scene, Q, rng))
+            rows.append(self.turns(scene, Q, rng, kinds))
             for c in captions and [rng.choice(captions)]:
                 ask, said = rng.choice(WORDS[c]), self.describe(scene, c, rng)
                 said = said or self.describe(scene, 'list', rng)

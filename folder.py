@@ -266,7 +266,7 @@ class Folder(World):
     def ask(self, scene, kind, rng):
         return [qa for k, qa in scene['qa'] if k == kind]
 
-    def turns(self, scene, Q, rng):
+    def turns(self, scene, Q, rng, kinds=()):
         return rng.sample(scene['qa'], min(Q, len(scene['qa'])))
 
     def describe(self, scene, style, rng):

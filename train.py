@@ -61,12 +61,13 @@ class Settings:
     pre_draw: int = opt(32, 'pictures drawn from text a step, pretraining')
     post_steps: int = opt(720, 'steps of the posttrain stage')
     post_ask: int = opt(8, 'pictures with questions a step, post-training')
-    post_draw: int = opt(10, 'pictures drawn from text a step, post-training: against forgetting')
+    post_draw: int = opt(6, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
     proxy: str = opt('seg', f"map to generate, post-training: {', '.join(PROXIES)} or none")
     control: str = opt('none', 'none; shuffled: maps of other pictures; frozen: the map moves no block; '
                        'first: maps alone in half of the stage, then questions alone')
     questions: int = opt(12, 'questions asked about each picture')
+    late_questions: int = opt(36, 'the same in the second half of post-training: mostly to find things')
     tok_lr: float = opt(4e-3, 'AdamW learning rate of the tokenizer stage')
     lr: float = opt(2e-3, 'AdamW learning rate of the other stages: embeddings and heads')
     muon_lr: float = opt(.02, 'Muon learning rate: hidden matrices, all stages')
@@ -86,14 +87,13 @@ class Settings:
     save_every: int = opt(200, 'steps between checkpoints')
     sample_every: int = opt(400, 'steps between sample pictures')
 
-PRESETS = {
-    'cpu': {}, 'gpu': dict(
-        size=64, codebook=1024, vq_width=192, vq_depth=3, n_layer=8, n_head=8, n_embd=384,
-        tok_steps=4000, tok_batch=128, pre_steps=6000, pre_ask=64, pre_draw=64, post_steps=3000,
-        post_ask=48, post_draw=16, eval_n=2048, save_every=1000, sample_every=1000),
-    'test': dict(size=16, codebook=64, vq_width=16, vq_depth=1, n_layer=1, n_head=2, n_embd=32,
-                 tok_steps=8, tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2,
-                 post_draw=2, questions=4, eval_n=32, log_every=2, save_every=4, sample_every=8)}
+PRESETS = {'cpu': {}, 'gpu': dict(
+    size=64, codebook=1024, vq_width=192, vq_depth=3, n_layer=8, n_head=8, n_embd=384, tok_steps=4000,
+    tok_batch=128, pre_steps=6000, pre_ask=64, pre_draw=64, post_steps=3000, post_ask=48, post_draw=16,
+    late_questions=12, eval_n=2048, save_every=1000, sample_every=1000), 'test': dict(
+    size=16, codebook=64, vq_width=16, vq_depth=1, n_layer=1, n_head=2, n_embd=32, tok_steps=8,
+    tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2, post_draw=2, questions=4,
+    late_questions=6, eval_n=32, log_every=2, save_every=4, sample_every=8)}
 
 # ---- optimizers ----
 def orthogonalize(G, steps=5):
@@ -177,8 +177,8 @@ class Run:
         if not s.resume:
             state.unlink(missing_ok=True), state.with_stem('model').unlink(missing_ok=True)
         if not s.resume and not s.init:
-            shared = vars(s).keys() & vars(Config()).keys()
-            c = Config(**{k: getattr(s, k) for k in shared}, vocab=self.world.text.size)
+            shared = {k: v for k, v in vars(s).items() if k in vars(Config())}
+            c = Config(**shared, vocab=self.world.text.size)
             torch.manual_seed(s.seed)
             self.tok, self.umm = VQTokenizer(c).to(device), UMM(c).to(device)
         self.tok.to(memory_format=torch.channels_last)
@@ -279,13 +279,13 @@ def train_tokenizer(run: Run):
     loop(run, 'tokenizer', tok, loss_of, s.tok_steps, s.tok_lr, s.muon_lr, sample)
     tok.eval().requires_grad_(False)
 
-def umm_losses(run: Run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1.) -> dict:
-    """Losses of one batch: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with
-    a map. Each loss is a mean of fixed weight, whatever the number of pictures."""
+def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1., late=False):
+    """Mean losses: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with maps."""
     s, world, tok, umm, out, loss = run.s, run.world, run.tok, run.umm, {}, 0
     forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
     if ask:
-        seq, _ = world.questions('train', 3 * step, ask, s.questions)
+        Q, kinds = (s.late_questions, data.FINDING) if late else (s.questions, data.KINDS)
+        seq, _ = world.questions('train', 3 * step, ask, Q, kinds=kinds)
         seq.image = umm.inputs(tok, seq.image)
         if (text := forward(seq)[0]) is not None:          # None: nothing is known of these pictures
             out['text'], loss = text, w_text * text
@@ -323,9 +323,9 @@ def posttrain(run: Run):
     proxies = round(s.ratio * s.post_ask) if s.proxy in run.world.targets else 0
 
     def loss_of(step):
-        late = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1      # as much in all
-        return umm_losses(run, s.pre_steps + step, late * s.post_ask, s.post_draw,
-                          (2 - late) * proxies, s.w_text, s.w_draw)
+        share = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1     # as much in all
+        return umm_losses(run, s.pre_steps + step, share * s.post_ask, s.post_draw,
+                          (2 - share) * proxies, s.w_text, s.w_draw, late=2 * step >= s.post_steps)
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
 
 # ---- command line ----
@@ -378,8 +378,7 @@ def main(argv=None):
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
           '{:.2f} a code'.format(*size, run.guess('text'), run.guess('draw')))
-    # Ctrl-C ends the step, saves, stops; a second one kills
-    signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),
+    signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),     # a second Ctrl-C kills
                                              signal.signal(signal.SIGINT, signal.SIG_DFL)))
     train_tokenizer(run)
     pretrain(run)

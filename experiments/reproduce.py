@@ -56,7 +56,7 @@ PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth',
 # Post-training shorter than the main job's: the arms are compared while there is still something to learn.
 STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
          'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '3']}
-RECIPE = 3                       # counts changes of model or training after which old arms must not be mixed in
+RECIPE = 4                       # counts changes of model or training after which old arms must not be mixed in
 PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
 
 class Limited:

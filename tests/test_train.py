@@ -212,8 +212,10 @@ def test_first_gives_the_same_amounts_in_another_order(monkeypatch):
     monkeypatch.setattr(train, 'loop', lambda run, stage, model, loss_of, steps, *a: [loss_of(i) for i in range(steps)])
     for control in ('none', 'first'):
         run = seen[control] = []
-        monkeypatch.setattr(train, 'umm_losses', lambda r, step, *n: run.append(n))
+        late = []
+        monkeypatch.setattr(train, 'umm_losses', lambda r, step, *n, **how: (run.append(n), late.append(how['late'])))
         train.posttrain(tiny_run('--control', control))
+        assert late == sorted(late) and sum(late) == len(late) // 2  # what is asked changes half-way, in both
     mixed, first = ([sum(n[k] for n in run) for k in range(3)] for run in seen.values())
     assert mixed == first and seen['first'][0][0] == 0 and seen['first'][-1][2] == 0
     assert all(n == seen['none'][0] for n in seen['none'])
