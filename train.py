@@ -59,7 +59,7 @@ class Settings:
     pre_steps: int = opt(660, 'steps of the pretrain stage')
     pre_ask: int = opt(1, 'pictures with questions a step, pretraining')
     pre_draw: int = opt(32, 'pictures drawn from text a step, pretraining')
-    post_steps: int = opt(720, 'steps of the posttrain stage')
+    post_steps: int = opt(900, 'steps of the posttrain stage')
     post_ask: int = opt(8, 'pictures with questions a step, post-training')
     post_draw: int = opt(6, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
