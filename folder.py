@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import MAPS, MAX_TEXT, PALETTE, REASON, SPLITS, Rendering, UserError, World
+from data import MAPS, MAX_PLAN, MAX_TEXT, PALETTE, REASON, SPLITS, Rendering, UserError, World
 
 FORMAT = 2                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
@@ -164,7 +164,8 @@ class Folder(World):
                   f'train, such as {new[0]!r}: they count as wrong')
         super().__init__(size, seed, device, text)
         for row in rows:                                # longer ones have no positions in the model
-            for a, b, more in ((row['caption'], row['plan'], 200), *((*qa, 0) for _, qa in row['qa'])):
+            texts = [(*qa, 0) for _, qa in row['qa']] + [(row['caption'], row['plan'], MAX_PLAN)]
+            for a, b, more in texts:
                 if len((a + b).encode()) + more < MAX_TEXT - 14:      # a token is a byte or more
                     continue
                 n = len(self.text.encode(a)) + len(self.text.encode(b)) + more

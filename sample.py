@@ -65,7 +65,7 @@ def main(argv=None):
     device, checkpoint = data.find_device(a.device), a.checkpoint or newest_checkpoint()
     tok, umm, text, _, _ = load(checkpoint, device)
     prompt = a.text if a.task in ('draw', 'ask') else data.WORDS[TASKS[a.task][1]][0]
-    n, limit = len(text.encode(prompt)), data.MAX_TEXT - 200     # a plan or an answer follows
+    n, limit = len(text.encode(prompt)), data.MAX_TEXT - data.MAX_PLAN     # a plan or an answer follows
     if not 0 < n <= limit:
         raise UserError(f'the text has {n} tokens, the model reads {limit} at most: shorten it' if n else
                         'the text is empty: write what to draw or to ask')
