@@ -61,7 +61,7 @@ class Settings:
     pre_draw: int = opt(32, 'pictures drawn from text a step, pretraining')
     post_steps: int = opt(900, 'steps of the posttrain stage')
     post_ask: int = opt(8, 'pictures with questions a step, post-training')
-    post_draw: int = opt(6, 'pictures drawn from text a step, post-training: against forgetting')
+    post_draw: int = opt(8, 'pictures drawn from text a step, post-training: against forgetting')
     ratio: float = opt(2., 'proxy pictures for each picture with questions, post-training')
     proxy: str = opt('seg', f"map to generate, post-training: {', '.join(PROXIES)} or none")
     control: str = opt('none', 'none; shuffled: maps of other pictures; frozen: the map moves no block; '
