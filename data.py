@@ -80,8 +80,7 @@ def sample_scenes(B: int, g: torch.Generator) -> Scenes:
     a theme is that of exactly c objects, P(c) = 1/5, while n stays uniform: no count can be guessed."""
     S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
     rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
-    # rows n = 1..4, columns c = 0..4: every row sums to 1/4 and every column to 1/5
-    joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],
+    joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],      # rows n = 1-4, columns c
                           [.025, .025, 0, .2, 0], [.025, .025, 0, 0, .2]], device=g.device)
     pick = torch.multinomial(joint.flatten(), B, replacement=True, generator=g)       # [B]
     theme = torch.where(rand(B) < .4, (rand(B) * (S + C)).long(), -1)                 # [B]
@@ -307,25 +306,27 @@ class Text:
 class Sequence:
     """A batch of [picture][text][codes]; picture and codes may be absent. The text is made of turns that
     see the picture but not each other: many questions cost one pass. The codes continue turn 1."""
-    text: torch.Tensor                       # [B,T] token ids
-    turn: torch.Tensor                       # [B,T] 1, 2, ..., or -1 for padding
-    target: torch.Tensor | None = None       # [B,T] the token to predict here, -1 = none
+    text: torch.Tensor                       # [B*R,T] token ids; R rows of text share a picture
+    turn: torch.Tensor                       # [B*R,T] 1, 2, ..., or -1 for padding
+    target: torch.Tensor | None = None       # [B*R,T] the token to predict here, -1 = none
     image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]; codes [B,N] for image_input code
     codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
 
-def pack(text: Text, rows, image=None, device='cpu') -> Sequence:
+def pack(text: Text, rows, image=None, device='cpu', room=96) -> Sequence:
     """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
-    Only the answer and the end token are supervised."""
-    out = [[] for _ in rows]
-    for row, turns in zip(out, rows):
-        for k, (prompt, answer) in enumerate(turns, 1):
-            row += [(t, k, -1) for t in text.encode(prompt)]
-            if answer is not None:
-                a = text.encode(answer)
-                row += [(t, k, y) for t, y in zip([text.answer] + a, a + [text.end])]
+    Only answer and end are supervised. Many turns are spread over R rows of some `room` tokens, which
+    share the picture: attention, whose cost is quadratic, need not span what it may not see."""
+    turns = [[[(t, k, -1) for t in text.encode(ask)] + [(t, k, y) for t, y in zip([text.answer] + a, a)]
+              for k, (ask, answer) in enumerate(row, 1)
+              for a in [[] if answer is None else text.encode(answer) + [text.end]]] for row in rows]
+    R, out = max(1, min(max(map(len, turns)), 1 + max(sum(map(len, row)) for row in turns) // room)), []
+    for row in turns:
+        out += (parts := [[] for _ in range(R)])
+        for t in sorted(row, key=len, reverse=True):           # the longest first: rows of equal length
+            min(parts, key=len).extend(t)
     T = max(1, *map(len, out))
     grid = torch.tensor([row + [(text.end, -1, -1)] * (T - len(row)) for row in out], device=device)
-    return Sequence(*grid.unbind(-1), image=image)                                    # [B,T] each
+    return Sequence(*grid.unbind(-1), image=image)                                    # [B*R,T] each
 
 class World:
     """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
@@ -333,6 +334,7 @@ class World:
     example, vocab, limit = 'a red circle left of a blue square', 512, lambda self, split: math.inf
     checksum = 0                                     # of the data, to notice that they have changed
     targets = property(lambda self: [k for k in PROXIES if k in self.maps or k not in MAPS])
+    describe = lambda self, scene, style, rng: caption(scene[0], style, rng)
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
         self.size, self.seed, self.device = size, seed, device
@@ -363,8 +365,6 @@ class World:
         while len(turns) < Q:
             turns += [(kind, qa) for kind in [rng.choice(kinds)] for qa in self.ask(scene, kind, rng)]
         return turns
-
-    describe = lambda self, scene, style, rng: caption(scene[0], style, rng)
 
     def questions(self, split, index, B, Q, captions=('place', 'place', 'list'), kinds=KINDS):
         """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""

@@ -73,11 +73,12 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
     for i in range(math.ceil(n / B)):
         s, kinds = world.questions(split, i, B, Q, captions=())
         s.image = umm.inputs(tok, s.image)
-        good = (umm.text_head(umm.hidden(s)).argmax(-1) == s.target) | (s.target < 0)  # [B,T]
+        good = (umm.text_head(umm.hidden(s)).argmax(-1) == s.target) | (s.target < 0)  # [B*R,T]
+        good, turns = (t.view(len(kinds), -1) for t in (good, s.turn))                # [B,R*T]
         for b, row in enumerate(kinds):
             for turn, kind in enumerate(row, 1):
                 total[kind] += 1
-                right[kind] += bool(good[b][s.turn[b] == turn].all())
+                right[kind] += bool(good[b][turns[b] == turn].all())
     scores = {k: share(right[k], total[k]) for k in world.kinds}
     scores = {'mean': mean_of(list(scores.values())), **scores}
     if asked := sum(total[k] for k in data.REASON):            # not about real pictures

@@ -168,7 +168,8 @@ class KV:
     def append(self, k, v):
         """k, v [B, H, T, D] -> all keys and all values so far, each [B, H, used, D]."""
         if self.buffer is None:
-            self.kv = [torch.cat(pair, 2) for pair in zip(self.kv, (k, v))] if self.kv else (k, v)
+            shared = [a.repeat_interleave(len(k) // len(a), 0) for a in self.kv or ()]
+            self.kv = [torch.cat(pair, 2) for pair in zip(shared, (k, v))] if shared else (k, v)
             return self.kv
         start, self.used = self.used, self.used + k.shape[2]
         self.buffer[:, :, :, start:self.used] = torch.stack((k, v))

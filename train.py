@@ -8,14 +8,13 @@
     python train.py --resume         the same command and --resume: go on after an interruption
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
 import shlex
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -332,7 +331,7 @@ def posttrain(run: Run):
 def parse(argv=None) -> Settings:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    for f in dataclasses.fields(Settings):
+    for f in fields(Settings):
         how = {'type': type(f.default), 'metavar': type(f.default).__name__}
         how = {'action': argparse.BooleanOptionalAction} if isinstance(f.default, bool) else how
         names = dict.fromkeys(('--' + f.name, '--' + f.name.replace('_', '-')))      # both spellings
@@ -365,9 +364,11 @@ def check(s: Settings):
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
-    # Peak of a step: twice what autograd keeps, 20 C + 1.3 H T floats a token and block (results.md)
-    T, B = s.size**2 // 8 + 60, max(s.pre_ask + s.pre_draw, (1 + s.ratio) * s.post_ask + s.post_draw)
-    need = .5 + 8e-9 * s.n_layer * B * T * (20 * s.n_embd + 1.3 * s.n_head * T)
+    # Peak of a step: twice what autograd keeps, 20 C + 1.3 H keys floats a token and block (results.md)
+    N, asked = s.size**2 // 16, 11 * max(s.questions, s.late_questions)
+    kept = lambda B, T, keys: 8e-9 * s.n_layer * B * T * (20 * s.n_embd + 1.3 * s.n_head * keys)
+    need = .5 + kept(max(s.pre_ask, s.post_ask), N + asked, N + 100) + kept(
+        max(s.pre_draw, s.post_draw + s.ratio * s.post_ask), 2 * N + 60, 2 * N + 60)
     room = hasattr(os, 'sysconf') and os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
     if room and need > room:
         print(f'warning: a step may need {need:.0f} GB of {room:.0f}: ask for less or a smaller model')

@@ -94,6 +94,30 @@ def test_hidden_rows_do_not_see_their_codes(umm):
     assert umm(s, hide=0.6)[1] != umm(s)[1]
 
 
+def test_many_turns_in_several_rows_are_as_in_one(umm):
+    text, image = data.Text.from_corpus(['how many rings?']), sequence(umm, B=2).image
+    asked = [(f'{k} and {j}?', str(k + j)) for k in range(4) for j in range(k + 1)]
+    one = data.pack(text, [asked, asked[:7]], image, room=10**9)
+    many = data.pack(text, [asked, asked[:7]], image, room=20)
+    assert len(one.text) == 2 and len(many.text) >= 8 and len(many.text) % 2 == 0
+    assert many.text.shape[1] < one.text.shape[1] / 3  # of rows of equal length, so little is padding
+    states = {}
+    for s in (one, many):
+        s.text = s.text % umm.c.vocab
+        rows = umm.hidden(s)
+        for b, (turns, x) in enumerate(zip(s.turn, rows)):
+            picture = b * 2 // len(s.text)
+            for k in set(turns.tolist()) - {-1}:
+                assert (s is one, picture, k) not in states  # a turn is never cut in two
+                states[s is one, picture, k] = x[turns == k]
+    assert len(states) == 2 * (10 + 7)
+    for (first, picture, k), x in states.items():
+        assert torch.allclose(x, states[not first, picture, k], atol=1e-5)
+    for s in (one, many):
+        s.target = torch.where(s.turn > 0, s.text, -1)
+    assert torch.allclose(umm(one)[0], umm(many)[0], atol=1e-5)
+
+
 def test_turns_do_not_see_each_other_and_all_see_the_picture(umm):
     s = sequence(umm, codes=False, pad=False)
     s.turn[:, 4:] = 2
