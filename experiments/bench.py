@@ -9,6 +9,7 @@ no package: name a clone of it. FLOPs are counted in one place, flops(); the pea
 """
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -103,16 +104,17 @@ def stepper(loss_of, optimizers):
             o.zero_grad()
     return step
 
-def llama(**how):
+def llama(c: Config, **how):
     from transformers import LlamaConfig, LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=V, hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=None, pad_token_id=0, **how))
+        vocab_size=c.vocab, hidden_size=c.n_embd, intermediate_size=round(8 / 3 * c.n_embd / 16) * 16,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
+        max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+        **how))
 
-def training(report: Report, rounds: int, nanogpt: str):
-    c = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
-    ids = torch.randint(V, (B, T + 1))
+def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B: int, T: int):
+    """A step on B sequences of T tokens, all predicted."""
+    ids = torch.randint(c.vocab, (B, T + 1))
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     adam = lambda m: [torch.optim.AdamW(m.parameters(), 3e-4, fused=True)]
     umm, ours, ones = UMM(c), UMM(c), torch.ones_like(x)
@@ -120,30 +122,31 @@ def training(report: Report, rounds: int, nanogpt: str):
             'nanoUMM, Muon': stepper(lambda: ours(Sequence(x, ones, y))[0], train.optimizers(ours, 2e-3, .02))}
     bf16 = lambda f: torch.autocast('cpu', torch.bfloat16)(f)
     with peer('transformers'):
-        body = llama(attn_implementation='sdpa')
+        body = llama(c, attn_implementation='sdpa')
         loss = lambda: F.cross_entropy(body(x).logits.flatten(0, 1), y.flatten())
         runs['transformers Llama'] = stepper(loss, adam(body))
         runs['transformers Llama, bf16'] = stepper(bf16(loss), adam(body))
     with peer('x-transformers'):
         from x_transformers import Decoder, TransformerWrapper
-        wrapped = TransformerWrapper(num_tokens=V, max_seq_len=T, attn_layers=Decoder(
-            dim=WIDTH, depth=LAYERS, heads=HEADS, attn_dim_head=32, rotary_pos_emb=True, attn_flash=True))
+        wrapped = TransformerWrapper(num_tokens=c.vocab, max_seq_len=T, attn_layers=Decoder(
+            dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head, rotary_pos_emb=True,
+            attn_flash=True))
         runs['x-transformers'] = stepper(lambda: F.cross_entropy(wrapped(x).flatten(0, 1), y.flatten()), adam(wrapped))
     with peer('nanoGPT'):
         if not nanogpt:
             raise ImportError('name a clone with --nanogpt')
-        sys.path.insert(0, nanogpt)
-        sys.modules.pop('model', None)
-        import model as gpt
-        net = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH,
-                                    dropout=0., bias=False))
+        spec = importlib.util.spec_from_file_location('nanogpt', f'{nanogpt}/model.py')       # not our model.py
+        gpt = sys.modules['nanogpt'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(gpt)
+        net = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=c.vocab, n_layer=c.n_layer, n_head=c.n_head,
+                                    n_embd=c.n_embd, dropout=0., bias=False))
         runs['nanoGPT'] = stepper(lambda: net(x, y)[1], [net.configure_optimizers(.1, 3e-4, (.9, .95), 'cpu')])
     times = alternate(runs, rounds)
-    report.add('training step, T = 320', times, 'tokens', B * T)
+    report.add(what, times, 'tokens', B * T)
     spent = statistics.median(w for w, _ in times['nanoUMM'])
-    best = peak(B * T, WIDTH, 4 * WIDTH)
-    share = flops(c, B, T, T, V) / spent / best
-    report.note('training step, T = 320: MFU', f'{share:.0%} of {best / 1e9:.0f} GFLOP/s, float32', share)
+    best = peak(B * T, c.n_embd, 4 * c.n_embd)
+    share = flops(c, B, T, T, c.vocab) / spent / best
+    report.note(f'{what}: MFU', f'{share:.0%} of {best / 1e9:.0f} GFLOP/s, float32', share)
 
 def main_job(report: Report, rounds: int, folder='out/bench'):
     """A post-training step of the cpu preset, the share of its data, scenes a second."""
@@ -159,19 +162,37 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
         world.drawings('train', 3 * count[0] + 1, s.post_draw, s.drop)
         world.proxies('train', 3 * count[0] + 2, proxies, s.proxy)
 
-    def loss():
+    def loss(late=False):
         count[0] += 1
-        return train.umm_losses(run, count[0], s.post_ask, s.post_draw, proxies, s.w_text, s.w_draw)['loss']
-    step = stepper(loss, opts)
-    times = alternate({'step': step, 'data': draw_data}, rounds)
-    spent, given = (statistics.median(w for w, _ in times[k]) for k in ('step', 'data'))
+        return train.umm_losses(run, count[0], s.post_ask, s.post_draw, proxies, s.w_text, s.w_draw, late)['loss']
+    runs = {'step': stepper(loss, opts), 'late': stepper(lambda: loss(True), opts), 'data': draw_data}
+    times = alternate(runs, rounds)
+    spent, late, given = (statistics.median(w for w, _ in times[k]) for k in ('step', 'late', 'data'))
     report.note('cpu preset, post-training', f'{1 / spent:.2f} steps/s', 1 / spent)
+    report.note('cpu preset, its second half', f'{1 / late:.2f} steps/s', 1 / late)
     report.note('cpu preset, share of the data in a step', f'{given / spent:.1%}', given / spent)
     scenes = alternate({'scenes': lambda: world.scenes('train', 7, 512)}, rounds)['scenes']
     rate = 512 / statistics.median(w for w, _ in scenes)
     report.note('scenes rendered', f'{rate:,.0f} scenes/s at 32 x 32', rate)
 
 # ---- generation ----
+def janus():
+    """The one unified model of the same kind that pip can install, as small as ours: Janus (Wu et al. 2024), 256
+    image tokens by its own guided loop. Its vision tower is not used here."""
+    from transformers import (JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig,
+                              LlamaConfig)
+    text = LlamaConfig(vocab_size=V, hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS,
+                       num_attention_heads=HEADS, max_position_embeddings=2 * T, bos_token_id=0, pad_token_id=1)
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=4)
+    net = JanusForConditionalGeneration(JanusConfig(
+        text_config=text, image_token_id=V - 1,
+        vision_config=JanusVisionConfig(**small, num_image_tokens=256, projection_dim=WIDTH),
+        vq_config=JanusVQVAEConfig(num_embeddings=V, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
+                                   latent_channels=32, projection_dim=WIDTH, image_token_embed_dim=WIDTH))).eval()
+    net.generation_config.generation_kwargs = {'boi_token_id': 2}
+    return lambda x: net.generate(x, attention_mask=torch.ones_like(x), generation_mode='image', do_sample=True,
+                                  guidance_scale=3., bos_token_id=0, pad_token_id=1)
+
 def generation(report: Report, rounds: int):
     """256 codes after 64 text tokens, with a cache, sampled."""
     c = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
@@ -181,13 +202,17 @@ def generation(report: Report, rounds: int):
         s = Sequence(x, torch.ones_like(x))
         runs = {'nanoUMM': lambda: umm.generate(s)}
         with peer('transformers'):
-            body = llama(attn_implementation='sdpa').eval()
+            body = llama(c, attn_implementation='sdpa').eval()
             how = dict(max_new_tokens=256, min_new_tokens=256, do_sample=True, temperature=1., top_k=0, use_cache=True)
             runs['transformers generate()'] = lambda: body.generate(x, attention_mask=torch.ones_like(x), **how)
         report.add(f'generation, batch {batch}', alternate(runs, rounds), 'tokens', batch * 256)
         guided = alternate({'off': lambda: umm.generate(s), 'on': lambda: umm.generate(s, cfg=3.)}, rounds)
         cost = statistics.median(a[0] / b[0] for a, b in zip(guided['on'], guided['off']))
         report.note(f'generation, batch {batch}: guidance', f'{cost:.2f} times as long', cost)
+        with peer('transformers (Janus)'):
+            theirs = janus()
+            runs = {'nanoUMM': lambda: umm.generate(s, cfg=3.), 'tiny Janus': lambda: theirs(x)}
+            report.add(f'generation, guided, batch {batch}', alternate(runs, rounds), 'tokens', batch * 256)
 
 # ---- tokenizer ----
 def tokenizer(report: Report, rounds: int):
@@ -247,7 +272,9 @@ def main(argv=None):
         raise UserError(f'--threads is {a.threads}: 1 or more')
     evaluation.choose_device('cpu', 'float32', a.threads)
     report, rounds = Report(), 3 if a.quick else 7
-    training(report, rounds, a.nanogpt)
+    large = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
+    training(report, rounds, a.nanogpt, f'training step, T = {T}', large, B, T)
+    training(report, rounds, a.nanogpt, 'training step, cpu preset', Config(), 24, 160)
     main_job(report, rounds)
     generation(report, max(2, rounds // 2))
     tokenizer(report, rounds)
