@@ -1,11 +1,12 @@
-"""Speed against peers on equal work, alternating runs in one process: median ratio of wall and of CPU time.
+"""Speed against peers on equal work, alternating runs in one process: median ratio of wall and CPU time.
 
     pip install -r experiments/requirements-bench.txt
     python -m experiments.bench [--quick] [--json FILE] [--nanogpt DIR]
 
-Equal work: width 256, 6 layers, 8 heads, vocabulary 2048, 320 tokens (64 of text, 256 of a picture), batch 4,
-float32. A ratio above 1: nanoUMM needs less time. A peer that is not installed is left out with a line. nanoGPT is
-no package: name a clone of it. FLOPs are counted in one place, flops(); the peak is measured, not looked up.
+Equal work: width 256, 6 layers, 8 heads, vocabulary 2048, 320 tokens (64 of text, 256 of a picture),
+batch 4, float32. A ratio above 1: nanoUMM needs less time. A peer that is not installed is left out with
+a line. nanoGPT is no package: name a clone of it. FLOPs are counted in one place, flops(); the peak is
+measured, not looked up.
 """
 import argparse
 import contextlib
@@ -28,11 +29,13 @@ from model import Config, UMM, VQTokenizer
 V, T, B, LAYERS, HEADS, WIDTH = 2048, 320, 4, 6, 8, 256
 
 def flops(c: Config, batch: int, tokens: int, heads: int, vocab: int, train=True) -> float:
-    """Floating-point operations of the transformer on `batch` sequences of `tokens`, of which `heads` go through
-    an output matrix of `vocab` rows: 2 per weight and token, 4 T C per layer and token for the attention scores
-    and their use (no saving for causality), and twice as much again backward (Kaplan et al. 2020, table 1)."""
+    """Floating-point operations of the transformer on `batch` sequences of `tokens`, of which `heads` go
+    through an output matrix of `vocab` rows: 2 per weight and token, 4 T C per layer and token for the
+    attention scores and their use (no saving for causality), and twice as much again backward (Kaplan et
+    al. 2020, table 1)."""
     weights = 12 * c.n_embd ** 2 * c.n_layer
-    forward = batch * (tokens * (2 * weights + 4 * tokens * c.n_embd * c.n_layer) + heads * 2 * c.n_embd * vocab)
+    forward = batch * (tokens * (2 * weights + 4 * tokens * c.n_embd * c.n_layer)
+                       + heads * 2 * c.n_embd * vocab)
     return forward * (3 if train else 1)
 
 def peak(n: int, k: int, m: int, seconds=.5) -> float:
@@ -44,7 +47,7 @@ def peak(n: int, k: int, m: int, seconds=.5) -> float:
     return 2 * n * k * m * done / (time.perf_counter() - begin)
 
 def alternate(runs: dict, rounds: int) -> dict:
-    """{name: function} -> {name: [(wall, CPU) seconds of each round]}; one warm-up, then turn and turn about."""
+    """{name: function} -> {name: [(wall, CPU) seconds of each round]}; one warm-up, then by turns."""
     times = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
@@ -67,8 +70,8 @@ class Report:
             rate = amount / statistics.median(w for w, _ in theirs)
             wall, cpu = ([t[i] / o[i] for t, o in zip(theirs, ours)] for i in (0, 1))
             show = lambda r: f'{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})'
-            self.rows.append((what, name, f'{rate:,.0f} {unit}/s', *((show(wall), show(cpu)) if name != 'nanoUMM'
-                                                                    else ('1', '1'))))
+            self.rows.append((what, name, f'{rate:,.0f} {unit}/s',
+                              *((show(wall), show(cpu)) if name != 'nanoUMM' else ('1', '1'))))
             if name != 'nanoUMM':
                 self.ratios[f'{what}: {name}'] = statistics.median(wall)
             print(' | '.join(self.rows[-1]), flush=True)
@@ -109,8 +112,8 @@ def llama(c: Config, **how):
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab, hidden_size=c.n_embd, intermediate_size=round(8 / 3 * c.n_embd / 16) * 16,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
-        max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None, pad_token_id=0,
-        **how))
+        max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
+        pad_token_id=0, **how))
 
 def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B: int, T: int):
     """A step on B sequences of T tokens, all predicted."""
@@ -119,7 +122,8 @@ def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B:
     adam = lambda m: [torch.optim.AdamW(m.parameters(), 3e-4, fused=True)]
     umm, ours, ones = UMM(c), UMM(c), torch.ones_like(x)
     runs = {'nanoUMM': stepper(lambda: umm(Sequence(x, ones, y))[0], adam(umm)),           # equal work
-            'nanoUMM, Muon': stepper(lambda: ours(Sequence(x, ones, y))[0], train.optimizers(ours, 2e-3, .02))}
+            'nanoUMM, Muon': stepper(lambda: ours(Sequence(x, ones, y))[0],
+                                     train.optimizers(ours, 2e-3, .02))}
     bf16 = lambda f: torch.autocast('cpu', torch.bfloat16)(f)
     with peer('transformers'):
         body = llama(c, attn_implementation='sdpa')
@@ -129,18 +133,20 @@ def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B:
     with peer('x-transformers'):
         from x_transformers import Decoder, TransformerWrapper
         wrapped = TransformerWrapper(num_tokens=c.vocab, max_seq_len=T, attn_layers=Decoder(
-            dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head, rotary_pos_emb=True,
-            attn_flash=True))
-        runs['x-transformers'] = stepper(lambda: F.cross_entropy(wrapped(x).flatten(0, 1), y.flatten()), adam(wrapped))
+            dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head,
+            rotary_pos_emb=True, attn_flash=True))
+        runs['x-transformers'] = stepper(
+            lambda: F.cross_entropy(wrapped(x).flatten(0, 1), y.flatten()), adam(wrapped))
     with peer('nanoGPT'):
         if not nanogpt:
             raise ImportError('name a clone with --nanogpt')
-        spec = importlib.util.spec_from_file_location('nanogpt', f'{nanogpt}/model.py')       # not our model.py
+        spec = importlib.util.spec_from_file_location('nanogpt', f'{nanogpt}/model.py')  # not ours
         gpt = sys.modules['nanogpt'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(gpt)
         net = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=c.vocab, n_layer=c.n_layer, n_head=c.n_head,
                                     n_embd=c.n_embd, dropout=0., bias=False))
-        runs['nanoGPT'] = stepper(lambda: net(x, y)[1], [net.configure_optimizers(.1, 3e-4, (.9, .95), 'cpu')])
+        runs['nanoGPT'] = stepper(lambda: net(x, y)[1],
+                                  [net.configure_optimizers(.1, 3e-4, (.9, .95), 'cpu')])
     times = alternate(runs, rounds)
     report.add(what, times, 'tokens', B * T)
     spent = statistics.median(w for w, _ in times['nanoUMM'])
@@ -164,7 +170,8 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
 
     def loss(late=False):
         count[0] += 1
-        return train.umm_losses(run, count[0], s.post_ask, s.post_draw, proxies, s.w_text, s.w_draw, late)['loss']
+        return train.umm_losses(run, count[0], s.post_ask, s.post_draw, proxies, s.w_text, s.w_draw,
+                                late)['loss']
     runs = {'step': stepper(loss, opts), 'late': stepper(lambda: loss(True), opts), 'data': draw_data}
     times = alternate(runs, rounds)
     spent, late, given = (statistics.median(w for w, _ in times[k]) for k in ('step', 'late', 'data'))
@@ -177,21 +184,23 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
 
 # ---- generation ----
 def janus():
-    """The one unified model of the same kind that pip can install, as small as ours: Janus (Wu et al. 2024), 256
-    image tokens by its own guided loop. Its vision tower is not used here."""
-    from transformers import (JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig,
-                              LlamaConfig)
-    text = LlamaConfig(vocab_size=V, hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS,
-                       num_attention_heads=HEADS, max_position_embeddings=2 * T, bos_token_id=0, pad_token_id=1)
+    """The one unified model of the same kind that pip can install, as small as ours: Janus (Wu et al.
+    2024), 256 image tokens by its own guided loop. Its vision tower is not used here."""
+    from transformers import (JanusConfig, JanusForConditionalGeneration, JanusVisionConfig,
+                              JanusVQVAEConfig, LlamaConfig)
+    text = LlamaConfig(
+        vocab_size=V, hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, max_position_embeddings=2 * T, bos_token_id=0, pad_token_id=1)
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=4)
     net = JanusForConditionalGeneration(JanusConfig(
         text_config=text, image_token_id=V - 1,
         vision_config=JanusVisionConfig(**small, num_image_tokens=256, projection_dim=WIDTH),
-        vq_config=JanusVQVAEConfig(num_embeddings=V, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
-                                   latent_channels=32, projection_dim=WIDTH, image_token_embed_dim=WIDTH))).eval()
+        vq_config=JanusVQVAEConfig(
+            num_embeddings=V, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
+            latent_channels=32, projection_dim=WIDTH, image_token_embed_dim=WIDTH))).eval()
     net.generation_config.generation_kwargs = {'boi_token_id': 2}
-    return lambda x: net.generate(x, attention_mask=torch.ones_like(x), generation_mode='image', do_sample=True,
-                                  guidance_scale=3., bos_token_id=0, pad_token_id=1)
+    return lambda x: net.generate(x, attention_mask=torch.ones_like(x), generation_mode='image',
+                                  do_sample=True, guidance_scale=3., bos_token_id=0, pad_token_id=1)
 
 def generation(report: Report, rounds: int):
     """256 codes after 64 text tokens, with a cache, sampled."""
@@ -203,16 +212,20 @@ def generation(report: Report, rounds: int):
         runs = {'nanoUMM': lambda: umm.generate(s)}
         with peer('transformers'):
             body = llama(c, attn_implementation='sdpa').eval()
-            how = dict(max_new_tokens=256, min_new_tokens=256, do_sample=True, temperature=1., top_k=0, use_cache=True)
-            runs['transformers generate()'] = lambda: body.generate(x, attention_mask=torch.ones_like(x), **how)
+            how = dict(max_new_tokens=256, min_new_tokens=256, do_sample=True, temperature=1., top_k=0,
+                       use_cache=True)
+            runs['transformers generate()'] = lambda: body.generate(
+                x, attention_mask=torch.ones_like(x), **how)
         report.add(f'generation, batch {batch}', alternate(runs, rounds), 'tokens', batch * 256)
-        guided = alternate({'off': lambda: umm.generate(s), 'on': lambda: umm.generate(s, cfg=3.)}, rounds)
+        guided = alternate({'off': lambda: umm.generate(s), 'on': lambda: umm.generate(s, cfg=3.)},
+                           rounds)
         cost = statistics.median(a[0] / b[0] for a, b in zip(guided['on'], guided['off']))
         report.note(f'generation, batch {batch}: guidance', f'{cost:.2f} times as long', cost)
         with peer('transformers (Janus)'):
             theirs = janus()
             runs = {'nanoUMM': lambda: umm.generate(s, cfg=3.), 'tiny Janus': lambda: theirs(x)}
-            report.add(f'generation, guided, batch {batch}', alternate(runs, rounds), 'tokens', batch * 256)
+            report.add(f'generation, guided, batch {batch}', alternate(runs, rounds), 'tokens',
+                       batch * 256)
 
 # ---- tokenizer ----
 def tokenizer(report: Report, rounds: int):
@@ -234,8 +247,9 @@ def tokenizer(report: Report, rounds: int):
         class Theirs(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.vq = VectorQuantize(dim=c.code_dim, codebook_size=c.codebook, decay=.98, use_cosine_sim=True,
-                                         threshold_ema_dead_code=.03, commitment_weight=1.)
+                self.vq = VectorQuantize(
+                    dim=c.code_dim, codebook_size=c.codebook, decay=.98, use_cosine_sim=True,
+                    threshold_ema_dead_code=.03, commitment_weight=1.)
                 self.codebook = torch.zeros(c.codebook, c.code_dim)
 
             def forward(self, z):
@@ -250,20 +264,24 @@ def tokenizer(report: Report, rounds: int):
 def growth(report: Report, rounds: int):
     """How the step grows with length, batch, width and layers; generation with length."""
     base = dict(T=128, B=4, C=128, n_layer=4)
-    for key, values in (('T', (128, 256, 512)), ('B', (4, 8, 16)), ('C', (128, 256, 512)), ('n_layer', (4, 8, 16))):
+    for key, values in (('T', (128, 256, 512)), ('B', (4, 8, 16)), ('C', (128, 256, 512)),
+                        ('n_layer', (4, 8, 16))):
         seconds = []
         for value in values:
             how = base | {key: value}
             umm = UMM(Config(vocab=V, n_layer=how['n_layer'], n_head=4, n_embd=how['C']))
             x = torch.randint(V, (how['B'], how['T']))
-            step = stepper(lambda: umm(Sequence(x, torch.ones_like(x), x))[0], train.optimizers(umm, 2e-3, .02))
+            step = stepper(lambda: umm(Sequence(x, torch.ones_like(x), x))[0],
+                           train.optimizers(umm, 2e-3, .02))
             seconds.append(statistics.median(w for w, _ in alternate({'s': step}, rounds)['s']))
         shown = ', '.join(f'{v}: {1e3 * t:.0f} ms' for v, t in zip(values, seconds))
         report.note(f'step against {key}', shown)
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--quick', action='store_true', help='fewer rounds, no growth curves: under 3 minutes')
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--quick', action='store_true',
+                   help='fewer rounds, no growth curves: under 3 minutes')
     p.add_argument('--json', default='', help='write {name: median ratio} to this file')
     p.add_argument('--nanogpt', default='', help='folder of a clone of nanoGPT')
     p.add_argument('--threads', type=int, default=1)

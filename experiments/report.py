@@ -1,13 +1,10 @@
-"""Statistics, verdicts and figures of experiments.reproduce: result.json files -> report.md, claims.json, PNG.
+"""Statistics, verdicts and figures of experiments.reproduce: result.json -> report.md, claims.json, PNG.
 
-    python -m experiments.report out/cpu        losses.png of a run of train.py: "is my loss normal?"
-
-Differences are paired by seed, intervals are Student's t, 95%; RULE says what a verdict means. The paper's
-"questions alone hurt generation" is not among the claims: here every arm replays drawings, so the untouched
-base is no fair baseline for generation.
+Differences are paired by seed, intervals are Student's t, 95%; RULE says what a verdict means. The
+paper's "questions alone hurt generation" is not among the claims: here every arm replays drawings, so
+the untouched base is no fair baseline for generation.
 """
 import json
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,9 +20,10 @@ from folder import open_world
 MARGIN = .02                     # differences below 2 points are called none
 RULE = """\
 A claim is *reproduced* if the interval excludes 0 and has the paper's sign, *opposite* if it excludes 0
-with the other sign, *not reproduced* if it holds 0 and lies within 2 points of it, else *undecided*. That
-reasoning stays as it is counts as reproduced if the interval lies within 2 points of 0. Intervals are Student's
-t over seeds, not corrected for the number of claims; the last column says what survives Holm's correction."""
+with the other sign, *not reproduced* if it holds 0 and lies within 2 points of it, else *undecided*.
+That reasoning stays as it is counts as reproduced if the interval lies within 2 points of 0. Intervals
+are Student's t over seeds, not corrected for the number of claims; the last column says what survives
+Holm's correction."""
 UNDERSTANDING, GENERATION = ('understanding', 'mean'), ('generation', 'mean')
 POSITION = ('generation', 'position')
 INK = {'none': '#999999', 'sft': '#000000', 'seg': '#D55E00', 'recon': '#0072B2', 'edge': '#56B4E9',
@@ -41,31 +39,36 @@ CLAIMS = {
     'the supervision does it: true maps beat shuffled ones': ('seg', 'shuffled', UNDERSTANDING, '-'),
     'maps beat as much compute on questions': ('seg', 'sft-long', UNDERSTANDING, '-'),
     'the trunk must move: frozen blocks lose': ('seg', 'frozen', UNDERSTANDING, '-'),
-    'maps matter when questions are scarce (200)': ('seg-asked-200', 'sft-asked-200', UNDERSTANDING, '-'),
+    'maps matter when questions are scarce (200)':
+        ('seg-asked-200', 'sft-asked-200', UNDERSTANDING, '-'),
     'the same with VQ codes as input': ('seg-code', 'sft-code', UNDERSTANDING, '-'),
     'segmentation leaves text-only reasoning as it is': ('seg', 'sft', ('understanding', 'reason'), '0'),
     'segmentation improves generation over questions alone': ('seg', 'sft', GENERATION, '+3.8 / +4.3'),
     'segmentation improves position in generation': ('seg', 'sft', POSITION, '+4.7 / +6.0'),
     'edges improve position in generation': ('edge', 'sft', POSITION, '+5 / +6'),
     'depth improves position in generation': ('depth', 'sft', POSITION, '+5.7 / +9.0'),
-    'shapes become more separable (probe, middle layer)': ('seg', 'sft', ('probe', 'shape', 'middle'), 't-SNE'),
-    'attention moves to the picture (last layer)': ('seg', 'sft', ('attention', 'picture', 'last'), '+7.6%'),
+    'shapes become more separable (probe, middle layer)':
+        ('seg', 'sft', ('probe', 'shape', 'middle'), 't-SNE'),
+    'attention moves to the picture (last layer)':
+        ('seg', 'sft', ('attention', 'picture', 'last'), '+7.6%'),
     'segmentation converges faster (accuracy at half time)': ('seg', 'sft', ('half',), 'yes'),
     'a ratio of 2:1 beats 1:1': ('seg', 'ratio-1', UNDERSTANDING, '+0.8 / +1.0'),
     'a ratio of 2:1 beats 3:1': ('seg', 'ratio-3', UNDERSTANDING, '+0.7 / +0.5'),
     'more maps help: endless against 100': ('seg', 'scale-100', UNDERSTANDING, '+0.8 / +0.6')}
 # panel of sweeps.png: {label on the x axis: arm}; each arm is compared with its baseline()
 SWEEPS = {
-    'maps for each picture with questions': {'0': 'sft', '0.5': 'ratio-0.5', '1': 'ratio-1', '1.5': 'ratio-1.5',
-                                             '2': 'seg', '2.5': 'ratio-2.5', '3': 'ratio-3'},
-    'distinct pictures with maps': {'0': 'sft', '100': 'scale-100', '400': 'scale-400', '1600': 'scale-1600',
-                                    'endless': 'seg'},
-    'distinct pictures with questions': {'200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
+    'maps for each picture with questions': {
+        '0': 'sft', '0.5': 'ratio-0.5', '1': 'ratio-1', '1.5': 'ratio-1.5', '2': 'seg',
+        '2.5': 'ratio-2.5', '3': 'ratio-3'},
+    'distinct pictures with maps': {
+        '0': 'sft', '100': 'scale-100', '400': 'scale-400', '1600': 'scale-1600', 'endless': 'seg'},
+    'distinct pictures with questions': {
+        '200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
     'input pictures': {'patches': 'seg', 'codes': 'seg-code'}}
 
 @lru_cache
 def t_table(df: int):
-    """Angles and Student's distribution there: with t = sqrt(df) tan(a), a has density ~ cos(a)^(df-1)."""
+    """Angles and Student's distribution there: t = sqrt(df) tan(a); a has density ~ cos(a)^(df-1)."""
     a = np.linspace(-np.pi / 2, np.pi / 2, 400_001)
     mass = np.cumsum(np.abs(np.cos(a)) ** (df - 1))
     return a, (mass - mass / mass[-1] * mass[0] / 2) / mass[-1]
@@ -79,7 +82,7 @@ def t_below(t: float, df: int) -> float:
     return float(np.interp(np.arctan(t / np.sqrt(df)), a, below))
 
 def paired(differences) -> dict:
-    """Mean of paired differences, 95% t interval and two-sided p value; low = high = None for one pair."""
+    """Mean of paired differences, 95% t interval, two-sided p value; low = high = None for one pair."""
     d, n = np.asarray(differences, float), len(differences)
     out = {'value': float(d.mean()) if n else None, 'low': None, 'high': None, 'p': None, 'n': n}
     if n > 1:
@@ -147,8 +150,8 @@ def claims_of(found) -> list[dict]:
     for claim, (arm, other, path, paper) in CLAIMS.items():
         e = difference(found, arm, other, path)
         if e['n']:
-            rows.append({'claim': claim, 'effect': e['value'], 'low': e['low'], 'high': e['high'], 'p': e['p'],
-                         'seeds': e['n'], 'arms': f'{arm} - {other}', 'paper': paper,
+            rows.append({'claim': claim, 'effect': e['value'], 'low': e['low'], 'high': e['high'],
+                         'p': e['p'], 'seeds': e['n'], 'arms': f'{arm} - {other}', 'paper': paper,
                          'verdict': verdict(e, no_change=paper == '0')})
     for row, kept in zip(rows, holm([r['p'] for r in rows])):
         row['survives_holm'] = kept
@@ -174,7 +177,7 @@ def points(e) -> str:
     return f"{100 * e['value']:+.1f}{tail}"
 
 def bars(effects) -> tuple[list, list]:
-    """Effects in points (nan: none) and half-widths of their intervals (0: none), as errorbar takes them."""
+    """Effects in points (nan: none) and half-widths of intervals (0: none), as errorbar takes them."""
     return ([np.nan if e['value'] is None else 100 * e['value'] for e in effects],
             [0 if e['low'] is None else 100 * (e['value'] - e['low']) for e in effects])
 
@@ -195,14 +198,16 @@ def report(out: Path):
         for arm, by_seed in found.items():
             values = [[look_up(r, (first, k)) for r in by_seed.values()] for k in names]
             if None not in values[0]:
-                rows.append([arm, len(by_seed), *(f'{np.mean([x for x in v if x is not None]):.3f}'
-                                                  if any(x is not None for x in v) else '-' for v in values),
+                rows.append([arm, len(by_seed),
+                             *(f'{np.mean([x for x in v if x is not None]):.3f}'
+                               if any(x is not None for x in v) else '-' for v in values),
                              points(difference(found, arm, baseline(arm), (first, names[0])))])
         parts.append(f'\n# {title}: mean over seeds, test split\n\n' +
                      table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows))
     seconds = [r['seconds'] for by_seed in found.values() for r in by_seed.values()]
     parts.append("\n\\* `sft-asked-N` and `sft-code` for the arms of these kinds.\n\n"
-                 f'{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one process, without the bases.')
+                 f'{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one process, '
+                 'without the bases.')
     (out / 'report.md').write_text('\n'.join(parts) + '\n')
     try:
         import matplotlib
@@ -223,7 +228,7 @@ def world_of(settings: dict, text=None):
     return open_world(settings.get('data'), settings['size'], 0, 'cpu', text, settings.get('skip_bad'))
 
 def targets(out: Path, world, n=6):
-    """targets.png: input pictures, and the target of every proxy; of a restoration its spoilt input too."""
+    """targets.png: input pictures, the target of every proxy; of a restoration its spoilt input too."""
     rows, names = [], []
     for name in world.targets:
         s, target, r = world.proxies('val', 0, n, name)
@@ -240,8 +245,8 @@ def a_model(out: Path, found):
 
 @torch.no_grad()
 def samples(out: Path, found, world, n=6):
-    """samples.png: for each arm of the first seed, the map it was taught, of the same test pictures, and its
-    drawings of the same prompts."""
+    """samples.png: for each arm of the first seed, the map it was taught, of the same test pictures, and
+    its drawings of the same prompts."""
     rows, names = [], []
     for arm in [a for a in INK if a in found]:
         tok, umm, world.text, _, meta = a_model(out, {arm: found[arm]})
@@ -272,7 +277,8 @@ def sweeps(out: Path, found):
     panels = {title: arms for title, arms in SWEEPS.items() if known & set(arms.values())}
     if not panels:
         return
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), sharey=True,
+                             squeeze=False)
     for ax, (title, arms) in zip(axes[0], panels.items()):
         es = [(x, difference(found, arm, baseline(arm), UNDERSTANDING)) for x, arm in arms.items()]
         es = [(x, e) for x, e in es if e['n']]
@@ -286,43 +292,6 @@ def sweeps(out: Path, found):
     fig.savefig(out / 'sweeps.png')
     plt.close(fig)
 
-@torch.no_grad()
-def losses(run: Path):
-    """losses.png: each loss of a run by step; a uniform guess (ln V, ln K) and the entropy of the unigram
-    frequencies, what a model that ignores all context could reach, beside it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('losses.png needs matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    tok, umm, text, _, meta = model.load(run / 'model.safetensors')
-    proxy, s = meta['settings']['proxy'], meta['settings']
-    world = world_of(s, text)
-    entropy = lambda ids: torch.special.entr(ids.bincount() / ids.numel()).sum().item()
-    asked, drawn = world.questions('val', 0, 128, s['questions'])[0], world.drawings('val', 1, 128)
-    shown = {'text': (umm.c.vocab, asked.target), 'plan': (umm.c.vocab, drawn[0].target),
-             'draw': (umm.c.codebook, tok.encode(drawn[1]))}
-    if proxy != 'none':
-        shown[proxy] = (umm.c.codebook, tok.encode(world.proxies('val', 2, 128, proxy)[1]))
-    lines = [json.loads(x) for x in (run / 'log.jsonl').read_text().splitlines()]
-    fig, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.6), sharey=True)
-    for ax, (name, (size, ids)) in zip(axes, shown.items()):
-        step = lambda x: (x['stage'] == 'posttrain') * s['pre_steps'] + x['step']
-        points = [(step(x), x[name]) for x in lines if name in x]
-        ax.plot(*zip(*points), color=INK['seg'], lw=1)
-        ax.axhline(np.log(size), color='black', lw=.8, ls='--', label=f'uniform guess: {np.log(size):.2f}')
-        frequent = entropy(ids[ids >= 0])
-        ax.axhline(frequent, color='black', lw=.8, ls=':', label=f'unigram entropy: {frequent:.2f}')
-        ax.axvline(s['pre_steps'], color='#999999', lw=.6)
-        ax.set_title(name, loc='left')
-        ax.set_xlabel('step (line: posttrain begins)')
-        ax.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel('loss, nats')
-    fig.savefig(run / 'losses.png', bbox_inches='tight', dpi=130)
-    plt.close(fig)
-    print(f'wrote {run}/losses.png')
-
 def projected(out: Path, found):
     """projection.png: object patches in the plane of their first two principal components, by arm."""
     import matplotlib.pyplot as plt
@@ -333,9 +302,10 @@ def projected(out: Path, found):
         for k, (name, mark, ink) in enumerate(zip(data.SHAPES, 'os^P*', INK.values())):
             ax.scatter(*xy[kind == k].T, s=9, marker=mark, color=ink, label=name, lw=0, alpha=.8)
         ax.set(title=arm, xticks=[], yticks=[])
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center', bbox_to_anchor=(.5, -.06))
-    fig.suptitle('Object patches of test scenes, middle layer, first two principal components (one seed)',
-                 x=.12, y=1.03, ha='left', fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center',
+               bbox_to_anchor=(.5, -.06))
+    fig.suptitle('Object patches of test scenes, middle layer, first two principal components '
+                 '(one seed)', x=.12, y=1.03, ha='left', fontsize=9)
     fig.savefig(out / 'projection.png')
     plt.close(fig)
 
@@ -356,7 +326,8 @@ def figures(out: Path, found):
         for i, arm in enumerate(arms):
             es = [difference(found, arm, base, (first, k)) for k in names]
             x = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * .8 / len(arms)
-            ax.errorbar(x, *bars(es), fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black', mew=.4)
+            ax.errorbar(x, *bars(es), fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black',
+                        mew=.4)
         ax.axhline(0, color='black', lw=.7)
         ax.set_xticks(range(len(names)), names)
         ax.set_ylabel(f'points above {base}')
@@ -381,7 +352,8 @@ def figures(out: Path, found):
                 x = sorted(set.intersection(*map(set, lines))) if lines else []
                 y = np.array([[line[i] for i in x] for line in lines])
                 if len(x) > 1:
-                    ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black', mew=.3)
+                    ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4,
+                            mec='black', mew=.3)
                     if len(lines) > 1:
                         h = t_quantile(.975, len(lines) - 1) * y.std(0, ddof=1) / len(lines) ** .5
                         ax.fill_between(x, y.mean(0) - h, y.mean(0) + h, color=INK[arm], alpha=.12, lw=0)
@@ -389,13 +361,15 @@ def figures(out: Path, found):
             ax.set_xlabel(x_label)
         axes[0, 0].set_ylabel(y_label)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, ncol=max(1, len(labels)), loc='lower center', bbox_to_anchor=(.5, -.1))
+        fig.legend(handles, labels, ncol=max(1, len(labels)), loc='lower center',
+                   bbox_to_anchor=(.5, -.1))
         fig.text(.99, 1.0, f'bands: 95% t intervals, {seeds}', ha='right', fontsize=7)
         fig.tight_layout()
         fig.savefig(out / name)
         plt.close(fig)
 
-    at = lambda key: lambda r: [(x['step'], x['val'][key]) for x in r['log'] if x['stage'] == 'posttrain']
+    at = lambda key: lambda r: [(x['step'], x['val'][key]) for x in r['log']
+                                if x['stage'] == 'posttrain']
     types = names_of(found, 'understanding')
     chosen = ('shape', 'what') if 'what' in types else types[1:3]
     curves('convergence.png', {'mean of visual types': at('mean'), **{k: at(k) for k in chosen}},
@@ -403,11 +377,9 @@ def figures(out: Path, found):
     if not probed:
         return
     by_layer = lambda group, key: lambda r: list(enumerate(r['scores'][group][key]))
-    curves('probe.png', {k: by_layer('probe', k) for k in ('shape', 'colour', 'depth', 'object', 'control')},
+    curves('probe.png',
+           {k: by_layer('probe', k) for k in ('shape', 'colour', 'depth', 'object', 'control')},
            'balanced accuracy of a linear probe', 'layer (0 = embedding)')
     kinds = ('picture', 'asked object', 'draw: position')
     curves('attention.png', {k: by_layer('attention', k) for k in kinds},
            'share of attention', 'layer')
-
-if __name__ == '__main__':
-    data.guard(lambda: losses(Path(sys.argv[1] if len(sys.argv) > 1 else 'out/cpu')))

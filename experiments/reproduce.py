@@ -6,10 +6,11 @@
     python -m experiments.reproduce --report                   only write the report of what is finished
     python -m experiments.reproduce --data DIR --only quick    on real pictures (see folder.py)
 
-One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same loss
-weights, on the same pictures, questions and drawings in the same order (not so `ratio-*` and `first`: other
-batch sizes mean other scenes). All arms replay drawings. A finished arm is kept (result.json) and never run
-again; a killed one resumes. Writes report.md, claims.json and figures under --out; scores: test split.
+One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same
+loss weights, on the same pictures, questions and drawings in the same order (not so `ratio-*` and
+`first`: other batch sizes mean other scenes). All arms replay drawings. A finished arm is kept
+(result.json) and never run again; a killed one resumes. Writes report.md, claims.json and figures under
+--out; scores: test split.
 """
 import argparse
 import contextlib
@@ -45,7 +46,8 @@ ARMS = {
     **{f'{arm}-asked-{n}': {'proxy': proxy, 'questions': n}
        for n in ASKED for arm, proxy in (('sft', 'none'), ('seg', 'seg'))},
     **{f'{arm}-code': {'proxy': proxy} for arm, proxy in (('sft', 'none'), ('seg', 'seg'))}}
-PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg', 'shuffled'),
+PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',
+                  'shuffled'),
          'quick': ('none', 'sft', 'edge', 'depth', 'seg'),
          'controls': ('none', 'sft', 'seg', 'sft-long', 'shuffled', 'frozen', 'first'),
          'restoration': ('none', 'sft', 'recon', 'denoise', 'deblur', 'superres', 'inpaint'),
@@ -53,14 +55,14 @@ PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth',
          'scale': ('none', 'sft', 'seg', *(a for a in ARMS if a.startswith('scale'))),
          'questions': ('none', 'sft', 'seg', *(a for a in ARMS if '-asked-' in a)),
          'input': ('none', 'sft', 'seg', 'sft-code', 'seg-code')}
-# Post-training shorter than the main job's: the arms are compared while there is still something to learn.
+# Post-training shorter than the main job's: arms are compared while there is still something to learn.
 STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
          'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '3']}
-RECIPE = 4                       # counts changes of model or training after which old arms must not be mixed in
+RECIPE = 4      # counts changes of model or training after which old arms must not be mixed in
 PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
 
 class Limited:
-    """Mixed into a World: only the first `pictures` maps or `questions_` pictures with questions exist."""
+    """World mixin: only the first `pictures` maps or `questions_` pictures with questions exist."""
     pictures = questions_ = 0
 
     @staticmethod
@@ -86,7 +88,7 @@ def features(umm, tok, world, split, index, n):
     umm.hidden(data.pack(world.text, [[('what is where?', None)]] * n, image, world.device))
     for hook in hooks:
         hook.remove()
-    layers = [umm.embed_image(image)] + states[::2]            # a block sees the picture first, then text
+    layers = [umm.embed_image(image)] + states[::2]        # a block sees the picture first, then text
     cover = F.avg_pool2d(F.one_hot(r.instance, 5).permute(0, 3, 1, 2).float(), p)     # [n,5,G,G]
     share, slot = cover.flatten(2).max(1)                                             # [n,N]
     slot = torch.where(share >= .5, slot, -1).cpu()
@@ -95,7 +97,8 @@ def features(umm, tok, world, split, index, n):
     g = torch.Generator().manual_seed(index)
     labels = {'shape': look(lambda o: SHAPES.index(o.shape)),
               'colour': look(lambda o: list(COLOURS).index(o.colour)),
-              'depth': look(lambda o: int(o.z > .5)), 'object': torch.where(slot < 0, -1, slot > 0).flatten()}
+              'depth': look(lambda o: int(o.z > .5)),
+              'object': torch.where(slot < 0, -1, slot > 0).flatten()}
     labels['control'] = torch.where(labels['shape'] < 0, -1,
                                     torch.randint(5, labels['shape'].shape, generator=g))
     return torch.stack([x.flatten(0, 1) for x in layers]).cpu(), labels
@@ -110,8 +113,8 @@ def ridge(X, y, X_test, strength=1e-2):
 
 def probe(umm, tok, world, n=400) -> dict:
     """Balanced accuracy per task and layer on scenes that the probe has not seen (and accuracy on PAIRS
-    of shapes). `control`: as shape, but random labels, scored on the patches that the probe was fitted to:
-    what it can memorise (after Hewitt & Liang 2019)."""
+    of shapes). `control`: as shape, but random labels, scored on the patches that the probe was fitted
+    to: what it can memorise (after Hewitt & Liang 2019)."""
     (X, y), (X_test, y_test) = (features(umm, tok, world, split, 2**27, m)
                                 for split, m in (('train', n), ('test', n // 2)))
     out = {}
@@ -121,7 +124,8 @@ def probe(umm, tok, world, n=400) -> dict:
         true = y_at[b]
         for layer in range(len(X)):
             got = ridge(X[layer][a], y[task][a], X_at[layer][b])
-            out[task].append(np.mean([(got[true == k] == k).float().mean().item() for k in true.unique()]))
+            out[task].append(np.mean([(got[true == k] == k).float().mean().item()
+                                      for k in true.unique()]))
             for pair in PAIRS if task == 'shape' else ():
                 kept = [SHAPES.index(s) for s in pair]
                 i, j = (torch.isin(t, torch.tensor(kept)) for t in (y[task], y_test[task]))
@@ -156,27 +160,30 @@ def recorded():
 def bucket(word: str) -> str:
     """object, colour, position or other: what a word of a prompt is about."""
     word = word.strip('.,?')
-    return 'object' if word in SHAPES or word in data.PLURAL.values() else 'colour' if word in COLOURS else \
+    return 'object' if word in SHAPES or word in data.PLURAL.values() else \
+        'colour' if word in COLOURS else \
         'position' if word in 'top left right bottom above below of'.split() else 'other'
 
 def buckets(text, line: str) -> list[str]:
     """The bucket of each token of a line; a comma is 'other', not its word's."""
-    return [kind for word in line.split() for kind in
-            [bucket(word)] * (len(text.encode(word)) - word.endswith(',')) + ['other'] * word.endswith(',')]
+    return [kind for word in line.split()
+            for kind in [bucket(word)] * (len(text.encode(word)) - word.endswith(','))
+            + ['other'] * word.endswith(',')]
 
 @torch.no_grad()
 def attention_shares(umm, tok, world, n=128) -> dict:
-    """Per layer, mean over heads and pictures: from the position that answers 'where is the X?', the share
-    of mass on the picture, on the patches of X, on text; while drawing, the shares of the prompt's and the
-    plan's kinds of words in the mass on text."""
+    """Per layer, mean over heads and pictures: from the position that answers 'where is the X?', the
+    share of mass on the picture, on the patches of X, on text; while drawing, the shares of the prompt's
+    and the plan's kinds of words in the mass on text."""
     N, out = umm.c.grid ** 2, {}
     found, r, rng = world.scenes('test', 2**26, n)
     asked = [rng.randrange(len(objs)) for objs, _ in found]
-    rows = [[(f'where is the {objs[k].name}?', data.CELLS[objs[k].cell])] for (objs, _), k in zip(found, asked)]
+    rows = [[(f'where is the {objs[k].name}?', data.CELLS[objs[k].cell])]
+            for (objs, _), k in zip(found, asked)]
     s = data.pack(world.text, rows, umm.inputs(tok, r.image), world.device)
     with recorded() as kept:
         umm.hidden(s)
-    at = (s.target >= 0).int().argmax(1)                       # where the answer's first word is predicted
+    at = (s.target >= 0).int().argmax(1)                   # where the answer's first word is predicted
     mine = F.max_pool2d((r.instance == torch.tensor(asked, device=r.instance.device)[:, None, None] + 1)
                         .float()[:, None], umm.c.patch).flatten(1)                    # [n,N]
     rows = [w[torch.arange(n), :, at].mean(1) for w in kept[1::2]]                    # [n,N+T] per layer
@@ -193,8 +200,8 @@ def attention_shares(umm, tok, world, n=128) -> dict:
              for prompt, plan in zip(prompts, plans)]
     text = [w[:, :, -N:, :s.text.shape[1]].mean((1, 2)) for w in kept]                # [n,T] per layer
     for name in ('object', 'colour', 'position', 'other'):
-        m = torch.tensor([[k == name for k in row] + [False] * (s.text.shape[1] - len(row)) for row in kinds],
-                         device=world.device)                                         # [n,T]
+        m = torch.tensor([[k == name for k in row] + [False] * (s.text.shape[1] - len(row))
+                          for row in kinds], device=world.device)                     # [n,T]
         out['draw: ' + name] = [((w * m).sum(1) / w.sum(1)).mean().item() for w in text]
     return out
 
@@ -211,11 +218,12 @@ def prepare(folder: Path, flags: list):
 
 def work(a, seed: int, arm: str):
     """Run one arm (or a base) to its result.json, its output to out.txt."""
-    if boss := multiprocessing.parent_process():           # a worker must not outlive a plan that is killed
+    if boss := multiprocessing.parent_process():       # a worker must not outlive a plan that is killed
         threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
     base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
-    flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device, '--threads', str(a.threads),
-             *STEPS[a.preset], *(['--image_input', 'code'] if base == 'base-code' else []),
+    flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device,
+             '--threads', str(a.threads), *STEPS[a.preset],
+             *(['--image_input', 'code'] if base == 'base-code' else []),
              *(['--data', a.data] if a.data else []), *['--skip_bad'] * a.skip_bad,
              *(['--post_steps', str(a.steps)] if a.steps else [])]
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,13 +275,14 @@ def measure(run, n) -> dict:
     return scores
 
 def execute(a, arms):
-    """All that is not finished, at most --jobs at a time: the bases first, then their arms. A run that fails
-    does not stop the others. -> what failed and why"""
+    """All that is not finished, at most --jobs at a time: the bases first, then their arms. A run that
+    fails does not stop the others. -> what failed and why"""
     def done(seed, arm):
         path = a.out / f'seed{seed}' / arm / 'result.json'
-        if path.exists() and json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data, a.steps]:
-            raise UserError(f'{path} is of another --preset, --n, --data, --steps or recipe: choose another '
-                            '--out, or delete it')
+        if path.exists() and \
+                json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data, a.steps]:
+            raise UserError(f'{path} is of another --preset, --n, --data, --steps or recipe: '
+                            'choose another --out, or delete it')
         return path.exists()
 
     need = {(seed, arm): base_of(arm) for arm in arms for seed in range(a.seeds) if not done(seed, arm)}
@@ -297,7 +306,8 @@ def execute(a, arms):
                     continue
                 finished = total - len(todo) - len(need) - len(running)
                 left = (time.time() - begin) / finished * (total - finished) / 60
-                print(f'{finished}/{total} seed {seed} {arm}: done; about {left:.0f} minutes left', flush=True)
+                print(f'{finished}/{total} seed {seed} {arm}: done; about {left:.0f} minutes left',
+                      flush=True)
     return failed
 
 def main(argv=None):
@@ -320,11 +330,12 @@ def main(argv=None):
         if arm not in ARMS:
             raise UserError(f"--arms names {arm!r}: choose from {', '.join(ARMS)}")
     if not 1 <= a.seeds <= 100 or min(a.jobs, a.n, a.steps) < 0:
-        raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}, --steps {a.steps}: 1 to 100 seeds, '
-                        'no negatives')
+        raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}, --steps {a.steps}: '
+                        '1 to 100 seeds, no negatives')
     a.device = 'cuda' if torch.cuda.is_available() and a.preset == 'gpu' else 'cpu'
     a.data = a.data and str(Path(a.data).resolve())
-    name = '-'.join(['reproduce', *[a.preset] * (a.preset != 'cpu'), *[Path(a.data).name] * bool(a.data)])
+    name = '-'.join(['reproduce', *[a.preset] * (a.preset != 'cpu'),
+                     *[Path(a.data).name] * bool(a.data)])
     a.out = (a.out or Path('out') / name).resolve()
     a.jobs = a.jobs or (1 if a.device == 'cuda' else os.cpu_count())
     a.threads, a.n = max(1, os.cpu_count() // a.jobs), a.n or (64 if a.preset == 'test' else 512)
@@ -347,7 +358,8 @@ def main(argv=None):
     from experiments.report import report
     report(a.out)
     if failed:
-        raise UserError('failed: ' + '; '.join(failed) + '. See out.txt there; the same command tries again')
+        raise UserError('failed: ' + '; '.join(failed)
+                        + '. See out.txt there; the same command tries again')
 
 if __name__ == '__main__':
     data.guard(main)

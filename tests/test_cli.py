@@ -93,6 +93,9 @@ def test_house_rules():
         later = order[order.index(name) :] if name in order else ['eval', 'train']
         assert not used & set(later), name
     assert total <= 1700
+    for path in (ROOT / 'experiments').glob('*.py'):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 400 and max(map(len, lines), default=0) <= 105, path.name
 
 
 def test_draw_is_seeded_and_writes_a_picture(folder, monkeypatch):
