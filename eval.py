@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from textwrap import fill, wrap
@@ -41,12 +42,12 @@ def share(right: int, n: int) -> dict:
     return {'value': p, 'low': centre - half, 'high': centre + half, 'n': n}
 
 def mean_of(figures: list[dict]) -> dict:
-    """Unweighted mean of independent shares; normal interval from their binomial variances."""
+    """Unweighted mean of independent shares; interval from their Wilson ones (Zou & Donner 2008)."""
     if not (kept := [f for f in figures if f['n']]):
         return share(0, 0)
     m = sum(f['value'] for f in kept) / len(kept)
-    half = Z * math.sqrt(sum(f['value'] * (1 - f['value']) / f['n'] for f in kept)) / len(kept)
-    return {'value': m, 'low': m - half, 'high': m + half, 'n': sum(f['n'] for f in kept)}
+    low, high = (math.hypot(*[f['value'] - f[k] for f in kept]) / len(kept) for k in ('low', 'high'))
+    return {'value': m, 'low': m - low, 'high': m + high, 'n': sum(f['n'] for f in kept)}
 
 def bootstrap(score, tables) -> dict:
     """score of the summed tables [n, ...], one per picture; its interval from 400 draws of pictures."""
@@ -56,12 +57,6 @@ def bootstrap(score, tables) -> dict:
     low, high = draws.nanquantile(torch.tensor([.025, .975], dtype=draws.dtype)).tolist()
     n, value = len(tables), score(tables.sum(0)).item()        # nan: there was nothing to score
     return {'value': value, 'low': low, 'high': high, 'n': n} if value == value else share(0, 0)
-
-def mean(values: torch.Tensor) -> dict:
-    """Mean of one value per picture, normal interval; values [n]."""
-    m, n = values.mean().item(), len(values)
-    half = Z * values.std(correction=min(1, n - 1)).item() / n ** .5
-    return {'value': m, 'low': m - half, 'high': m + half, 'n': n}
 
 # ---- understanding ----
 @torch.no_grad()
@@ -86,8 +81,8 @@ def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> di
     return scores
 
 def blind(world: World, n=512, split='test') -> dict:
-    """Such questions about the same scenes, answered from their words alone: the answer most frequent
-    in 16 n training scenes after that question; if never seen, after its type, those named first."""
+    """Such questions about these scenes and n more, from their words alone: the answer most frequent in
+    16 n training scenes after that question; after its type, if possible one it names, if never seen."""
     def asked(split, first, count):
         for i in range(math.ceil(count / 64)):
             scenes, _, rng = world.scenes(split, first + i, 64, pixels=False)
@@ -185,17 +180,14 @@ def prompts(world: World, category: str, n: int, split='test'):
 def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
     """Share of n prompts per category whose picture passes; `verifier`: of true pictures; `ceiling`: of
     these after the tokenizer's round trip."""
-    g = torch.Generator(world.device).manual_seed(0)
-    scores, verifier, ceiling = {}, [], []
+    g, rows = torch.Generator(world.device).manual_seed(0), {}
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
         codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
-        passed = [sum(satisfied(w, category, f) for w, f in zip(wanted, detect(x)))
-                  for x in (tok.decode(codes), images, tok.decode(tok.encode(images)))]
-        scores[category] = share(passed[0], n)
-        verifier.append(share(passed[1], n))
-        ceiling.append(share(passed[2], n))
-    return {'mean': mean_of(list(scores.values())), **scores, 'verifier': mean_of(verifier),
+        rows[category] = [share(sum(satisfied(w, category, f) for w, f in zip(wanted, detect(x))), n)
+                          for x in (tok.decode(codes), images, tok.decode(tok.encode(images)))]
+    drawn, verifier, ceiling = zip(*rows.values())
+    return {'mean': mean_of(drawn), **dict(zip(rows, drawn)), 'verifier': mean_of(verifier),
             'ceiling': mean_of(ceiling)}
 
 def reader(world: Folder, steps=600, B=64, rare=.02):
@@ -277,7 +269,8 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
         count += codes.flatten().bincount(minlength=tok.c.codebook).cpu()
         y = tok.decode(codes)
         mse = (x - y).square().mean((1, 2, 3))                                        # [n]
-        scores['psnr' if name == 'recon' else 'psnr_' + name] = mean(-10 * mse.log10().cpu())
+        psnr = bootstrap(lambda total: total / n, -10 * mse.log10().cpu())
+        scores['psnr' if name == 'recon' else 'psnr_' + name] = psnr
         if name == 'seg':
             scores['mask_ceiling'] = miou(classes_of(y, r.palette), r.classes, len(r.palette))
     p = count / count.sum()
@@ -360,7 +353,7 @@ def report(scores: dict, path: Path):
     os.replace(f'{path}.part', path)
 
 def choose_device(device='auto', dtype='auto', threads=0):
-    """-> (torch.device, compute in bfloat16?); prints them with the reason."""
+    """-> (torch.device, compute in bfloat16?, FLOP/s of a large matrix product); prints them and why."""
     name = data.find_device(device).type
     torch.set_num_threads(threads or torch.get_num_threads())
     units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
@@ -368,13 +361,20 @@ def choose_device(device='auto', dtype='auto', threads=0):
     bf16 = dtype == 'bfloat16' or dtype == 'auto' and units
     why = 'asked for' if device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
     type_why = 'asked for' if dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
-    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; "
-          f"dtype: {'bfloat16' if bf16 else 'float32'} ({type_why})")
+    a = torch.randn(1024, 1024, device=name, dtype=torch.bfloat16 if bf16 else torch.float32)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()                                              # waits for the result
+        times.append(time.perf_counter() - begin)
+    peak = 2 * 1024**3 / min(times)
+    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; dtype: "
+          f"{'bfloat16' if bf16 else 'float32'} ({type_why}); matrix products: {peak / 1e9:.0f} GFLOP/s")
     # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
     # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    return torch.device(name), bf16
+    return torch.device(name), bf16, peak
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -388,7 +388,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.n < 16 or not 0 <= a.cfg <= 100:
         raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
-    device, _ = choose_device(a.device)
+    device = choose_device(a.device)[0]
     tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
     s = meta['settings']
     world = open_world(a.data or s.get('data'), umm.c.size, 0, device, text, s.get('skip_bad'))

@@ -1,7 +1,7 @@
 """The two networks: a VQ tokenizer (pictures <-> codes) and the unified multimodal model (UMM).
 
-Axes: B pictures, T positions in a sequence, C channels (n_embd), H heads, D channels of a head, V text
-vocabulary, K codebook, S side of a picture in pixels, G side of its code grid, N = G*G codes or patches.
+Axes: B pictures (text: B*R rows, see data.pack), T positions of a sequence, C channels, H heads,
+D channels of a head, V text vocabulary, K codebook, S side of a picture, G of its grid of N = G*G codes.
 """
 import json
 import os
@@ -166,7 +166,7 @@ class KV:
         self.buffer, self.used, self.kv = buffer, 0, None          # buffer [2, B, H, length, D]
 
     def append(self, k, v):
-        """k, v [B, H, T, D] -> all keys and all values so far, each [B, H, used, D]."""
+        """k, v [B, H, T, D] -> all so far, [B, H, used, D]; rows of text share their picture's."""
         if self.buffer is None:
             shared = [a.repeat_interleave(len(k) // len(a), 0) for a in self.kv or ()]
             self.kv = [torch.cat(pair, 2) for pair in zip(shared, (k, v))] if shared else (k, v)
@@ -224,7 +224,7 @@ class UMM(nn.Module):
             nn.init.normal_(table.weight, std=.7)
         for head in (self.text_head, self.pixel_head):
             nn.init.zeros_(head.weight)                      # the first loss is exactly ln V or ln K
-        for name, table in zip(('cos', 'sin'), rope_table(c.grid + MAX_TEXT, C // c.n_head // 2)):
+        for name, table in zip(('cos', 'sin'), rope_table(c.grid + 2 * MAX_TEXT, C // c.n_head // 2)):
             self.register_buffer(name, table, persistent=False)                       # [positions,D/4]
         self.register_buffer('rc', torch.cartesian_prod(*[torch.arange(c.grid)] * 2), False)  # [N,2]
 

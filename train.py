@@ -14,11 +14,13 @@ import os
 import shlex
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -138,8 +140,8 @@ class Run:
     """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
     guess = lambda self, k: math.log(self.umm.c.vocab if k in ('text', 'plan') else self.umm.c.codebook)
 
-    def __init__(self, s: Settings, device, bf16=False):
-        self.s, self.device, self.bf16, self.dir = s, device, bf16, Path(s.out)
+    def __init__(self, s: Settings, device, bf16=False, peak=math.inf):
+        self.s, self.device, self.bf16, self.peak, self.dir = s, device, bf16, peak, Path(s.out)
         self.stage, self.step, self.saved, self.stop, text = STAGES[0], 0, {}, False, None
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
@@ -190,9 +192,8 @@ class Run:
         """Weights, and with `opts` the optimizers' state: enough to sample, to evaluate or to resume."""
         tensors = {f'{n}.{k}': t for n, m in (('tokenizer', self.tok), ('umm', self.umm))
                    for k, t in m.state_dict().items()}
-        for i, o in enumerate(opts):
-            for j, state in o.state_dict()['state'].items():
-                tensors |= {f'optimizer.{i}.{j}.{k}': t for k, t in state.items()}
+        tensors |= {f'optimizer.{i}.{j}.{k}': t for i, o in enumerate(opts)
+                    for j, state in o.state_dict()['state'].items() for k, t in state.items()}
         meta = {'config': vars(self.umm.c), 'text': [t.hex() for t in self.world.text.vocab],
                 'settings': vars(self.s), 'stage': stage, 'step': step, 'lines': len(self.lines)}
         save(self.dir / name, tensors, meta | {'checksum': self.world.checksum})
@@ -213,30 +214,32 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
     if index < STAGES.index(run.stage):
         return                                        # was done before the interruption
     opts = optimizers(model.train(), lr, muon_lr)
-    peaks, begin, first = [o.param_groups[0]['lr'] for o in opts], time.time(), run.step
-    if first:
-        run.restore(opts)
+    begin, logged, first = time.time(), time.time(), run.step
+    first and run.restore(opts)
     bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05, dynamic_ncols=True)
     for step in bar:
         torch.manual_seed(data.generator(s.seed, 'train', step * 4 + index).initial_seed())
         cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
         rise, fall = (step + 1) / max(1, s.warmup * steps), (steps - step) / max(1, cooldown * steps)
-        for o, peak in zip(opts, peaks):
-            o.param_groups[0]['lr'] = peak * min(1, rise, fall)
-        losses = loss_of(step)
-        losses['loss'].backward()
+        with FlopCounterMode(display=False) if (step + 1) % s.log_every == 0 else nullcontext() as count:
+            losses = loss_of(step)
+            losses['loss'].backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
             raise UserError(f'{stage} step {step + 1}: gradient is not finite: lower a learning rate; '
                             f'{ {k: v.item() for k, v in losses.items()} }. Last good state: {s.out}')
         for o in opts:
+            o.param_groups[0]['lr'] = o.defaults['lr'] * min(1, rise, fall)
             o.step()
         model.zero_grad()
         done = step + 1
         if done % s.log_every == 0 or done == steps:
-            line = {k: round(v.item(), 4) for k, v in losses.items()}
+            line, now = {k: round(v.item(), 4) for k, v in losses.items()}, time.time()
+            if count:              # model FLOP/s utilisation: share of the peak of matrix products
+                each, logged = (now - logged) / min(s.log_every, done - first), now
+                line['mfu'] = round(count.get_total_flops() / each / run.peak, 3)
             bar.set_postfix(line, refresh=False)
-            run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=time.time() - begin)
+            run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=now - begin)
             if wild := [k for k, v in losses.items() if k != 'loss' and rise > 1 and v > run.guess(k)]:
                 tqdm.write(f'warning: {stage} {done}: {wild} worse than a uniform guess')
         if done % s.sample_every == 0 or done == steps:
@@ -305,10 +308,8 @@ def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_d
         loss = loss + s.w_proxy * out[s.proxy]
     return {'loss': loss if out else 0 * umm.source.sum()} | {k: v.detach() for k, v in out.items()}
 
-def sample_umm(run: Run):
-    """-> understanding of a few validation pictures, and a picture of what the model can do."""
-    return (evaluation.understanding(run.umm, run.tok, run.world, 128, 'val'),
-            evaluation.picture(run.umm, run.tok, run.world, run.s.cfg))
+sample_umm = lambda run: (evaluation.understanding(run.umm, run.tok, run.world, 128, 'val'),
+                          evaluation.picture(run.umm, run.tok, run.world, run.s.cfg))
 
 def pretrain(run: Run):
     """Text -> picture, and picture -> text (captions and questions)."""
@@ -322,9 +323,9 @@ def posttrain(run: Run):
     proxies = round(s.ratio * s.post_ask) if s.proxy in run.world.targets else 0
 
     def loss_of(step):
-        share = 2 * (2 * step >= s.post_steps) if s.control == 'first' else 1     # as much in all
-        return umm_losses(run, s.pre_steps + step, share * s.post_ask, s.post_draw,
-                          (2 - share) * proxies, s.w_text, s.w_draw, late=2 * step >= s.post_steps)
+        share, since = (2 * (2 * step >= s.post_steps), .75) if s.control == 'first' else (1, .5)
+        return umm_losses(run, s.pre_steps + step, share * s.post_ask, s.post_draw,    # as much in all
+                          (2 - share) * proxies, s.w_text, s.w_draw, late=step >= since * s.post_steps)
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.muon_lr, sample_umm)
 
 # ---- command line ----
@@ -337,17 +338,13 @@ def parse(argv=None) -> Settings:
         names = dict.fromkeys(('--' + f.name, '--' + f.name.replace('_', '-')))      # both spellings
         p.add_argument(*names, help=f"{f.metadata['help']} (default {f.default!r})", **how)
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    preset = given.get('preset', 'auto')
-    if preset == 'auto':
-        gpu = torch.cuda.is_available() and given.get('device', 'auto') in ('auto', 'cuda')
-        preset = 'gpu' if gpu else 'cpu'
+    if (preset := given.get('preset', 'auto')) == 'auto':
+        preset = 'gpu' if data.find_device(given.get('device', 'auto')).type == 'cuda' else 'cpu'
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: choose {', '.join(PRESETS)} or auto")
-    s = Settings(**{'out': f'out/{preset}'} | PRESETS[preset] | given | {'preset': preset})
-    check(s)
-    return s
+    return check(Settings(**{'out': f'out/{preset}'} | PRESETS[preset] | given | {'preset': preset}))
 
-def check(s: Settings):
+def check(s: Settings) -> Settings:
     """Name impossible settings before anything is written."""
     zero = lambda k: any(x in k for x in 'seed threads _draw ratio drop hide w_ warm cool cfg'.split())
     rules = [(k, 0 <= v < 2**62 and (v > 0 or zero(k)), f"{'' if zero(k) else 'more than '}0 to 2^62")
@@ -361,7 +358,8 @@ def check(s: Settings):
               ('ratio', s.proxy == 'none' or s.ratio * s.post_ask >= 1.5, '2 maps a step or more'),
               ('tok_batch', s.tok_batch >= 8, 'at least 8'), ('eval_n', s.eval_n >= 16, 'at least 16'),
               *((k, getattr(s, k) <= 1, 'a share, 0 to 1') for k in ('drop', 'hide')),
-              ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1, 'a power of 2 for fsq')]
+              ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1 < s.codebook,
+               'a power of 2, 2 or more, for fsq')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
     # Peak of a step: twice what autograd keeps, 20 C + 1.3 H keys floats a token and block (results.md)
@@ -372,6 +370,7 @@ def check(s: Settings):
     room = hasattr(os, 'sysconf') and os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
     if room and need > room:
         print(f'warning: a step may need {need:.0f} GB of {room:.0f}: ask for less or a smaller model')
+    return s
 
 def main(argv=None):
     begin, s = time.time(), parse(argv)
@@ -391,9 +390,10 @@ def main(argv=None):
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
-    print(f"""\n{scores['minutes']:.1f} minutes. Now look at {run.dir}/samples.png, then try:
-    python sample.py draw {shlex.quote(run.world.example)} --n 1 --checkpoint {run.dir}/model.safetensors
-    python train.py{' --data ' * bool(s.data) + s.data} --proxy edge --out out/edge
+    out, of = shlex.quote(str(run.dir)), f' --data {shlex.quote(s.data)}' * bool(s.data)
+    print(f"""\n{scores['minutes']:.1f} minutes. Now look at {out}/samples.png, then try:
+    python sample.py draw {shlex.quote(run.world.example)} --n 1 --checkpoint {out}/model.safetensors
+    python train.py{of} --init {out}/pretrained.safetensors --proxy edge --out out/edge
 which teaches edges instead of segmentation: what changes?""")
 
 if __name__ == '__main__':

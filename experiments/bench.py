@@ -19,6 +19,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
@@ -28,15 +29,11 @@ from model import Config, UMM, VQTokenizer
 
 V, T, B, LAYERS, HEADS, WIDTH = 2048, 320, 4, 6, 8, 256
 
-def flops(c: Config, batch: int, tokens: int, heads: int, vocab: int, train=True) -> float:
-    """Floating-point operations of the transformer on `batch` sequences of `tokens`, of which `heads` go
-    through an output matrix of `vocab` rows: 2 per weight and token, 4 T C per layer and token for the
-    attention scores and their use (no saving for causality), and twice as much again backward (Kaplan et
-    al. 2020, table 1)."""
-    weights = 12 * c.n_embd ** 2 * c.n_layer
-    forward = batch * (tokens * (2 * weights + 4 * tokens * c.n_embd * c.n_layer)
-                       + heads * 2 * c.n_embd * vocab)
-    return forward * (3 if train else 1)
+def flops(work) -> float:
+    """Floating-point operations of work() in matrix products, as torch counts them."""
+    with FlopCounterMode(display=False) as count:
+        work()
+    return count.get_total_flops()
 
 def peak(n: int, k: int, m: int, seconds=.5) -> float:
     """Measured FLOP/s of the matrix product [n, k] x [k, m] in float32."""
@@ -151,7 +148,7 @@ def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B:
     report.add(what, times, 'tokens', B * T)
     spent = statistics.median(w for w, _ in times['nanoUMM'])
     best = peak(B * T, c.n_embd, 4 * c.n_embd)
-    share = flops(c, B, T, T, c.vocab) / spent / best
+    share = flops(lambda: umm(Sequence(x, ones, y))[0].backward()) / spent / best
     report.note(f'{what}: MFU', f'{share:.0%} of {best / 1e9:.0f} GFLOP/s, float32', share)
 
 def main_job(report: Report, rounds: int, folder='out/bench'):

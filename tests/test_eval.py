@@ -1,5 +1,6 @@
 """Measurements against naive code, and the verifier against the truth."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -20,7 +21,10 @@ def test_share_is_wilson():
     )  # Wilson's interval, tabulated
     assert evaluation.share(0, 20)['low'] == pytest.approx(0, abs=1e-9)
     m = evaluation.mean_of([evaluation.share(5, 10), evaluation.share(20, 20)])
-    assert m['value'] == 0.75 and m['high'] - m['value'] == pytest.approx(1.96 * (0.025**0.5) / 2)
+    half, whole = evaluation.share(5, 10), evaluation.share(20, 20)  # MOVER: distances add in squares
+    assert m['value'] == 0.75 and m['high'] == pytest.approx(0.75 + (half['high'] - 0.5) / 2)
+    assert m['low'] == pytest.approx(0.75 - math.hypot(0.5 - half['low'], 1 - whole['low']) / 2)
+    assert evaluation.mean_of([whole] * 6)['low'] < 0.99  # all right is no certainty
 
 
 def test_miou_against_naive():

@@ -118,6 +118,17 @@ def test_many_turns_in_several_rows_are_as_in_one(umm):
     assert torch.allclose(umm(one)[0], umm(many)[0], atol=1e-5)
 
 
+def test_the_longest_prompt_and_the_worst_plan_fit(monkeypatch):
+    """A plan of broken bytes is three times as long once it is read again."""
+    text = data.Text.from_corpus(['a ring'])
+    umm = UMM(Config(size=16, codebook=32, vocab=text.size, n_layer=1, n_head=2, n_embd=32))
+    prompt = 'x' * (data.MAX_TEXT - data.MAX_PLAN - 1)
+    assert len(text.encode(prompt)) == data.MAX_TEXT - data.MAX_PLAN
+    monkeypatch.setattr(model, 'write', lambda *a, **how: ['\ufffd' * data.MAX_PLAN])
+    codes, _ = model.draw(umm, text, [prompt], torch.Generator().manual_seed(0))
+    assert codes.shape == (1, 16)
+
+
 def test_turns_do_not_see_each_other_and_all_see_the_picture(umm):
     s = sequence(umm, codes=False, pad=False)
     s.turn[:, 4:] = 2

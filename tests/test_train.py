@@ -114,7 +114,7 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch)
     a, b = weights(run_dir / 'model.safetensors'), weights(out / 'model.safetensors')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     drop = lambda p: [
-        {k: v for k, v in json.loads(x).items() if k != 'seconds'} for x in p.read_text().splitlines()
+        {k: v for k, v in json.loads(x).items() if k not in ('seconds', 'mfu')} for x in p.read_text().splitlines()
     ]
     assert drop(run_dir / 'log.jsonl') == drop(out / 'log.jsonl')
 
@@ -212,13 +212,13 @@ def test_first_gives_the_same_amounts_in_another_order(monkeypatch):
     monkeypatch.setattr(train, 'loop', lambda run, stage, model, loss_of, steps, *a: [loss_of(i) for i in range(steps)])
     for control in ('none', 'first'):
         run = seen[control] = []
-        late = []
-        monkeypatch.setattr(train, 'umm_losses', lambda r, step, *n, **how: (run.append(n), late.append(how['late'])))
-        train.posttrain(tiny_run('--control', control))
-        assert late == sorted(late) and sum(late) == len(late) // 2  # what is asked changes half-way, in both
-    mixed, first = ([sum(n[k] for n in run) for k in range(3)] for run in seen.values())
+        late = lambda n, how: n[0] * how['late']  # pictures asked about with the later questions
+        monkeypatch.setattr(train, 'umm_losses', lambda r, step, *n, **how: run.append((*n[:3], late(n, how))))
+        train.posttrain(tiny_run('--control', control, '--post_steps', '8'))
+        assert [n[3] > 0 for n in run] == sorted(n[3] > 0 for n in run) and run[-1][3]
+    mixed, first = ([sum(n[k] for n in run) for k in range(4)] for run in seen.values())
     assert mixed == first and seen['first'][0][0] == 0 and seen['first'][-1][2] == 0
-    assert all(n == seen['none'][0] for n in seen['none'])
+    assert len({n[:3] for n in seen['none']}) == 1
 
 
 def test_posttraining_from_another_runs_checkpoint(run_dir, tmp_path):
