@@ -39,7 +39,7 @@ CLAIMS = {
     'the supervision does it: true maps beat shuffled ones': ('seg', 'shuffled', UNDERSTANDING, '-'),
     'maps beat as much compute on questions': ('seg', 'sft-long', UNDERSTANDING, '-'),
     'the trunk must move: frozen blocks lose': ('seg', 'frozen', UNDERSTANDING, '-'),
-    'maps matter when questions are scarce (200)':
+    'maps matter when few pictures have questions (200)':
         ('seg-asked-200', 'sft-asked-200', UNDERSTANDING, '-'),
     'the same with VQ codes as input': ('seg-code', 'sft-code', UNDERSTANDING, '-'),
     'segmentation leaves text-only reasoning as it is': ('seg', 'sft', ('understanding', 'reason'), '0'),

@@ -1,16 +1,17 @@
-"""The claims of SGT (arXiv 2605.18714), tested: arms that differ in nothing but the proxy's target.
+"""The claims of SGT (arXiv 2605.18714), tested: arms that differ in the proxy alone.
 
-    python -m experiments.reproduce --only quick --seeds 3     sft, edge, depth, seg
+    python -m experiments.reproduce --only quick --seeds 3     none, sft, edge, depth, seg
     python -m experiments.reproduce                            ten arms x 5 seeds: the main comparison
-    python -m experiments.reproduce --only controls|ratio|scale|questions|input
+    python -m experiments.reproduce --only controls|restoration|ratio|scale|questions|input
     python -m experiments.reproduce --report                   only write the report of what is finished
     python -m experiments.reproduce --data DIR --only quick    on real pictures (see folder.py)
 
-One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same
-loss weights, on the same pictures, questions and drawings in the same order (not so `ratio-*` and
-`first`: other batch sizes mean other scenes). All arms replay drawings. A finished arm is kept
-(result.json) and never run again; a killed one resumes. Writes report.md, claims.json and figures under
---out; scores: test split.
+One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same loss
+weights, on the same pictures, questions and drawings in the same order. The proxies differ in target and
+instruction, those of restoration in their spoilt input too; `ratio-*` has other pictures with maps, `first`
+other batches, `sft-long` twice the steps. All arms replay drawings. A finished arm is kept (result.json)
+and never run again; a killed one resumes. Writes report.md, claims.json and figures under --out; scores:
+test split.
 """
 import argparse
 import contextlib
@@ -318,7 +319,8 @@ def main(argv=None):
     p.add_argument('--arms', default='', help='arms by name, comma-separated, instead of a plan')
     p.add_argument('--preset', default='cpu', choices=STEPS, help='default cpu')
     p.add_argument('--out', type=Path, default=None, help='default out/reproduce')
-    p.add_argument('--steps', type=int, default=0, help='of post-training; 0: 400 (gpu: 3,000, test: 6)')
+    p.add_argument('--steps', type=int, default=0, help='of post-training, a '
+                   'multiple of 200; 0: 400 (gpu: 3,000, test: 6)')
     p.add_argument('--data', default='', help='folder of real pictures instead of the procedural world')
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
