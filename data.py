@@ -77,7 +77,7 @@ class Object(namedtuple('Object', 'shape colour cell x y z')):
 
 def sample_scenes(B: int, g: torch.Generator) -> Scenes:
     """Draw B scenes. A (colour, shape) pair occurs once at most: a name means one object. 40% have a
-    theme: a shape or colour of exactly c objects, P(c) = 1/5, n uniform as ever: no count can be guessed."""
+    theme: a shape or colour of exactly c objects, P(c) = 1/5, n is uniform: no count can be guessed."""
     S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
     rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
     joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],      # rows n = 1-4, columns c

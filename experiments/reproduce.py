@@ -7,11 +7,11 @@
     python -m experiments.reproduce --data DIR --only quick    on real pictures (see folder.py)
 
 One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same
-loss weights, on the same pictures, questions and drawings in the same order. The proxies differ in target
-and instruction, those of restoration in their spoilt input too; `ratio-*` has other pictures with maps,
-`first` other batches, `sft-long` twice the steps. All arms replay drawings. A finished arm is kept
-(result.json) and never run again; a killed one resumes. Writes report.md, claims.json and figures under
---out; scores: test split.
+loss weights, on the same pictures, questions and drawings in the same order. The proxies differ in
+target and instruction, those of restoration in their spoilt input too; `ratio-*` has other pictures
+with maps, `first` other batches, `sft-long` twice the steps. All arms replay drawings. A finished arm
+is kept (result.json) and never run again; a killed one resumes. Writes report.md, claims.json and
+figures under --out; scores: test split.
 """
 import argparse
 import contextlib
