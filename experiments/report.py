@@ -179,7 +179,7 @@ def points(e) -> str:
 def bars(effects) -> tuple[list, list]:
     """Effects in points (nan: none) and half-widths of intervals (0: none), as errorbar takes them."""
     return ([np.nan if e['value'] is None else 100 * e['value'] for e in effects],
-            [0 if e['low'] is None else 100 * (e['value'] - e['low']) for e in effects])
+            [0 if e['low'] is None or e['n'] < 3 else 100 * (e['value'] - e['low']) for e in effects])
 
 def report(out: Path):
     """Write report.md, claims.json and the figures of all finished arms under `out`."""
@@ -354,7 +354,7 @@ def figures(out: Path, found):
                 if len(x) > 1:
                     ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4,
                             mec='black', mew=.3)
-                    if len(lines) > 1:
+                    if len(lines) > 2:            # an interval of two is wider than the figure
                         h = t_quantile(.975, len(lines) - 1) * y.std(0, ddof=1) / len(lines) ** .5
                         ax.fill_between(x, y.mean(0) - h, y.mean(0) + h, color=INK[arm], alpha=.12, lw=0)
             ax.set_title(title, loc='left')
