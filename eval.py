@@ -269,7 +269,7 @@ def tokenizer(tok, world: World, n=512, split='test') -> dict:
         count += codes.flatten().bincount(minlength=tok.c.codebook).cpu()
         y = tok.decode(codes)
         mse = (x - y).square().mean((1, 2, 3))                                        # [n]
-        psnr = bootstrap(lambda total: total / n, -10 * mse.log10().cpu())
+        psnr = bootstrap(lambda total: total / len(x), -10 * mse.log10().cpu())
         scores['psnr' if name == 'recon' else 'psnr_' + name] = psnr
         if name == 'seg':
             scores['mask_ceiling'] = miou(classes_of(y, r.palette), r.classes, len(r.palette))
@@ -361,13 +361,13 @@ def choose_device(device='auto', dtype='auto', threads=0):
     bf16 = dtype == 'bfloat16' or dtype == 'auto' and units
     why = 'asked for' if device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
     type_why = 'asked for' if dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
-    a = torch.randn(1024, 1024, device=name, dtype=torch.bfloat16 if bf16 else torch.float32)
-    times = []
+    size, times = [8192 if name == 'cuda' else 1024] * 2, []
+    a = torch.ones(size, device=name, dtype=torch.bfloat16 if bf16 else torch.float32)
     for _ in range(5):
         begin = time.perf_counter()
         (a @ a)[0, 0].item()                                              # waits for the result
         times.append(time.perf_counter() - begin)
-    peak = 2 * 1024**3 / min(times)
+    peak = 2 * len(a)**3 / min(times)
     print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; dtype: "
           f"{'bfloat16' if bf16 else 'float32'} ({type_why}); matrix products: {peak / 1e9:.0f} GFLOP/s")
     # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
