@@ -12,9 +12,8 @@ import ctypes
 import json
 import math
 import os
-import random
 import re
-import time
+import timeit
 from collections import Counter, defaultdict
 from pathlib import Path
 from textwrap import fill, wrap
@@ -353,7 +352,7 @@ def report(scores: dict, path: Path):
     os.replace(f'{path}.part', path)
 
 def choose_device(device='auto', dtype='auto', threads=0):
-    """-> (torch.device, compute in bfloat16?, FLOP/s of a large matrix product); prints them and why."""
+    """-> (torch.device, compute in bfloat16?); prints them and why."""
     name = data.find_device(device).type
     torch.set_num_threads(threads or torch.get_num_threads())
     units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
@@ -361,20 +360,20 @@ def choose_device(device='auto', dtype='auto', threads=0):
     bf16 = dtype == 'bfloat16' or dtype == 'auto' and units
     why = 'asked for' if device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
     type_why = 'asked for' if dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
-    size, times = [8192 if name == 'cuda' else 1024] * 2, []
-    a = torch.ones(size, device=name, dtype=torch.bfloat16 if bf16 else torch.float32)
-    for _ in range(5):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()                                              # waits for the result
-        times.append(time.perf_counter() - begin)
-    peak = 2 * len(a)**3 / min(times)
     print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; dtype: "
-          f"{'bfloat16' if bf16 else 'float32'} ({type_why}); matrix products: {peak / 1e9:.0f} GFLOP/s")
+          f"{'bfloat16' if bf16 else 'float32'} ({type_why})")
     # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
     # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    return torch.device(name), bf16, peak
+    return torch.device(name), bf16
+
+def peak(device, bf16=False, shape=None) -> float:
+    """Measured FLOP/s, best of 9, of a large matrix product or of [n, k] @ [k, m], shape (n, k, m)."""
+    n, k, m = shape or [8192 if device.type == 'cuda' else 1024] * 3
+    a, b = (torch.ones(size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+            for size in ((n, k), (k, m)))
+    return 2 * n * k * m / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=9))
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter

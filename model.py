@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -35,11 +36,9 @@ class Config:
 
 # ---- VQ tokenizer ----
 class VectorQuantizer(nn.Module):
-    """Nearest of K unit vectors, learned by exponential moving averages.
-
-    VQ-VAE (van den Oord et al. 2017, eq. 3 and appendix A.1) with low-dimensional l2-normalised codes
-    (Yu et al. 2021, section 3.2) and restart of dead codes (Dhariwal et al. 2020, section 3.1).
-    """
+    """Nearest of K unit vectors, learned by exponential moving averages: VQ-VAE (van den Oord et al.
+    2017, eq. 3 and appendix A.1) with low-dimensional l2-normalised codes (Yu et al. 2021, section
+    3.2) and restart of dead codes (Dhariwal et al. 2020, section 3.1)."""
 
     def __init__(self, K: int, dim: int, decay=.98, dead=.03):
         super().__init__()
@@ -61,10 +60,13 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, z, codes):
         """Moving averages of a code's uses and of the vectors it stands for; z [n, dim], codes [n]."""
-        self.count.lerp_(codes.bincount(minlength=len(self.count)).to(z.dtype), 1 - self.decay)
-        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, codes, z), 1 - self.decay)
-        dead = self.count < self.dead
+        uses = codes.bincount(minlength=len(self.count)).to(z.dtype)                  # [K]
+        sums = torch.zeros_like(self.total).index_add_(0, codes, z)                   # [K, dim]
         fresh = z[torch.randint(len(z), self.count.shape, device=z.device)]           # [K, dim]
+        if dist.is_available() and dist.is_initialized():          # torchrun: of all processes
+            dist.all_reduce(uses), dist.all_reduce(sums), dist.broadcast(fresh, 0)
+        self.count.lerp_(uses, 1 - self.decay), self.total.lerp_(sums, 1 - self.decay)
+        dead = self.count < self.dead
         self.total.copy_(torch.where(dead[:, None], fresh, self.total))
         self.count.masked_fill_(dead, 1.)
         self.codebook.copy_(F.normalize(self.total, dim=-1))
@@ -163,13 +165,13 @@ class KV:
     """Keys and values of one layer: grown by concatenation (training) or in a preallocated buffer."""
 
     def __init__(self, buffer=None):
-        self.buffer, self.used, self.kv = buffer, 0, None          # buffer [2, B, H, length, D]
+        self.buffer, self.used, self.kv = buffer, 0, ()            # buffer [2, B, H, length, D]
 
     def append(self, k, v):
         """k, v [B, H, T, D] -> all so far, [B, H, used, D]; rows of text share their picture's."""
         if self.buffer is None:
-            shared = [a.repeat_interleave(len(k) // len(a), 0) for a in self.kv or ()]
-            self.kv = [torch.cat(pair, 2) for pair in zip(shared, (k, v))] if shared else (k, v)
+            past = [a[:, None].expand(-1, len(k) // len(a), -1, -1, -1).flatten(0, 1) for a in self.kv]
+            self.kv = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or (k, v)    # [B,H,used,D]
             return self.kv
         start, self.used = self.used, self.used + k.shape[2]
         self.buffer[:, :, :, start:self.used] = torch.stack((k, v))
@@ -220,9 +222,8 @@ class UMM(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.text_head = nn.Linear(C, c.vocab, bias=False)
         self.pixel_head = nn.Linear(C, c.codebook, bias=False)
-        for table in (self.text_embed, self.code_embed):
+        for table, head in ((self.text_embed, self.text_head), (self.code_embed, self.pixel_head)):
             nn.init.normal_(table.weight, std=.7)
-        for head in (self.text_head, self.pixel_head):
             nn.init.zeros_(head.weight)                      # the first loss is exactly ln V or ln K
         for name, table in zip(('cos', 'sin'), rope_table(c.grid + 2 * MAX_TEXT, C // c.n_head // 2)):
             self.register_buffer(name, table, persistent=False)                       # [positions,D/4]
@@ -301,8 +302,8 @@ class UMM(nn.Module):
         """
         (B, T), H, draw, guided = s.text.shape, self.c.n_head, first is None, cfg != 1
         if guided:                         # second half of the batch: the same without its text
-            image = None if s.image is None else torch.cat([s.image, s.image])
             turn = torch.cat([s.turn, torch.full_like(s.turn, -1)])                   # [2B,T]
+            image = s.image if s.image is None else torch.cat([s.image, s.image])
             s = Sequence(s.text.repeat(2, 1), turn, None, image)
         length, known = len(self.rc) if draw else length, 0 if s.image is None else len(self.rc)
         size = (2, len(s.text), H, known + T + length, self.c.n_embd // H)
@@ -389,9 +390,8 @@ def load(path, device='cpu'):
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
         want = {f'{n}.{k}': t for n, m in (('tokenizer', VQTokenizer(c)), ('umm', UMM(c)))
                 for k, t in m.state_dict().items()}
-    bad = [k for k, t in want.items() if k not in tensors or tensors[k].shape != t.shape
-           or tensors[k].dtype != t.dtype or not tensors[k].isfinite().all()]
-    if bad:
+    if bad := [k for k, t in want.items() if k not in tensors or tensors[k].shape != t.shape
+               or tensors[k].dtype != t.dtype or not tensors[k].isfinite().all()]:
         raise UserError(f'{path}: tensor {bad[0]} is missing, misshapen or not finite; train again')
     tok, umm = VQTokenizer(c), UMM(c)
     for name, m in (('tokenizer', tok), ('umm', umm)):

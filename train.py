@@ -13,23 +13,28 @@ import math
 import os
 import shlex
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import eval as evaluation
-from data import PROXIES, UserError
+from data import PROXIES, Sequence, UserError
 from folder import open_world
 from model import Config, UMM, VQTokenizer, load, save
+from optim import exchange, optimizers
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
+torchrun = dist.is_available() and dist.is_torchelastic_launched()
+RANK, RANKS = (int(os.environ[k]) for k in ('RANK', 'WORLD_SIZE')) if torchrun else (0, 1)
 opt = lambda default, help: field(default=default, metadata={'help': help})
 
 @dataclass
@@ -96,52 +101,18 @@ PRESETS = {'cpu': {}, 'gpu': dict(
     tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2, post_draw=2, questions=4,
     late_questions=6, eval_n=32, log_every=2, save_every=4, sample_every=8)}
 
-# ---- optimizers ----
-def orthogonalize(G, steps=5):
-    """Roughly the nearest orthogonal matrices, by Newton-Schulz (Jordan et al. 2024); G [n, a, b]."""
-    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    X = X if (wide := X.shape[-2] <= X.shape[-1]) else X.mT
-    for _ in range(steps):
-        A = X @ X.mT                                                                  # [n,min,min]
-        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return X if wide else X.mT
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024). torch.optim.Muon always computes in bfloat16, 100
-    times slower than float32 on a CPU without bfloat16 units; this one keeps the type of the weights."""
-
-    def __init__(self, params, lr, momentum=.95, decay=.1):
-        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    m = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group['momentum'])
-                    by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(m, group['momentum'])))
-            for same in by_shape.values():
-                U = orthogonalize(torch.stack([u.flatten(1) for _, u in same]))       # [n,a,b]
-                scale = max(1, U.shape[-2] / U.shape[-1]) ** .5
-                for (p, _), u in zip(same, U):
-                    p.mul_(1 - group['lr'] * group['decay'])
-                    p.add_(u.view_as(p), alpha=-group['lr'] * scale)
-
-def optimizers(model, lr, muon_lr):
-    """Muon for the hidden matrices and convolutions of blocks, AdamW for all else."""
-    inner = lambda name, p: p.ndim > 1 and (name.startswith('blocks.') or '.conv' in name)
-    hidden, rest = ([p for n, p in model.named_parameters() if inner(n, p) is x] for x in (True, False))
-    return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)]
+# ---- several processes (torchrun): each works on its part of every batch ----
+def part(t, B: int):
+    """Of t [B * R, ...], about B pictures, the rows of this process: every RANKS-th picture's."""
+    return t if t is None else t.unflatten(0, (B, -1))[min(RANK, B - 1)::RANKS].flatten(0, 1)
 
 # ---- a run: its folder, log and checkpoint ----
 class Run:
     """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
     guess = lambda self, k: math.log(self.umm.c.vocab if k in ('text', 'plan') else self.umm.c.codebook)
 
-    def __init__(self, s: Settings, device, bf16=False, peak=math.inf):
-        self.s, self.device, self.bf16, self.peak, self.dir = s, device, bf16, peak, Path(s.out)
+    def __init__(self, s: Settings, device, bf16=False):
+        self.s, self.device, self.bf16, self.peak, self.dir = s, device, bf16, math.inf, Path(s.out)
         self.stage, self.step, self.saved, self.stop, text = STAGES[0], 0, {}, False, None
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
@@ -164,17 +135,20 @@ class Run:
             for k, v in vars(self.umm.c).items():
                 if getattr(s, k, v) != v:
                     raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
+        RANK and dist.barrier()                # the first process decodes a folder, the others find it
         self.world = open_world(s.data, s.size, s.seed, device, text, s.skip_bad)
+        torchrun and RANK == 0 and dist.barrier()
         if s.resume and self.world.checksum != meta.get('checksum', 0):
             raise UserError(f'{s.data} has changed since the run began: restore it or --overwrite this')
         if s.proxy not in (*self.world.targets, 'seg', 'none'):
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.targets)} or none")
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.logfile = open(self.dir / 'log.jsonl', 'r+' if s.resume else 'w', 1, newline='\n')
+        name = os.devnull if RANK else self.dir / 'log.jsonl'
+        self.logfile = open(name, 'r+' if s.resume else 'w', 1, newline='\n')
         self.lines = self.logfile.readlines()[:meta['lines']] if s.resume else []
         self.logfile.seek(sum(len(x.encode()) for x in self.lines))      # later steps are done again
-        self.logfile.truncate()
+        RANK or self.logfile.truncate()
         if not s.resume:
             state.unlink(missing_ok=True), state.with_stem('model').unlink(missing_ok=True)
         if not s.resume and not s.init:
@@ -196,7 +170,7 @@ class Run:
                     for j, state in o.state_dict()['state'].items() for k, t in state.items()}
         meta = {'config': vars(self.umm.c), 'text': [t.hex() for t in self.world.text.vocab],
                 'settings': vars(self.s), 'stage': stage, 'step': step, 'lines': len(self.lines)}
-        save(self.dir / name, tensors, meta | {'checksum': self.world.checksum})
+        RANK or save(self.dir / name, tensors, meta | {'checksum': self.world.checksum})
 
     def restore(self, opts):
         """Put the saved state back, in the memory layout of the parameters: fused AdamW counts on it."""
@@ -216,7 +190,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
     opts = optimizers(model.train(), lr, muon_lr)
     begin, logged, first = time.time(), time.time(), run.step
     first and run.restore(opts)
-    bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05, dynamic_ncols=True)
+    bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05, dynamic_ncols=True,
+               disable=RANK > 0 or 'TQDM_DISABLE' in os.environ)
     for step in bar:
         torch.manual_seed(data.generator(s.seed, 'train', step * 4 + index).initial_seed())
         cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
@@ -224,6 +199,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         with FlopCounterMode(display=False) if (step + 1) % s.log_every == 0 else nullcontext() as count:
             losses = loss_of(step)
             losses['loss'].backward()
+        stop = exchange(model, losses, run.stop) if torchrun else run.stop
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
             raise UserError(f'{stage} step {step + 1}: gradient is not finite: lower a learning rate; '
@@ -238,12 +214,14 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             if count:              # model FLOP/s utilisation: share of the peak of matrix products
                 each, logged = (now - logged) / min(s.log_every, done - first), now
                 line['mfu'] = round(count.get_total_flops() / each / run.peak, 3)
-            bar.set_postfix(line, refresh=False)
+            shown = {k: v for k, v in line.items() if not k.startswith('H_')}
+            bar.set_postfix(shown, refresh=False)
             run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=now - begin)
-            if wild := [k for k, v in losses.items() if k != 'loss' and rise > 1 and v > run.guess(k)]:
+            if wild := [k for k, v in shown.items() if k != 'loss' and rise > 1 and v > run.guess(k)]:
                 tqdm.write(f'warning: {stage} {done}: {wild} worse than a uniform guess')
-        if done % s.sample_every == 0 or done == steps:
+        if RANK == 0 and (done % s.sample_every == 0 or done == steps):
             model.eval()
+            pause = time.time()
             figures, picture = sample(run)
             v = {k: round(f if isinstance(f, float) else f['value'] or 0, 3) for k, f in figures.items()}
             run.log(stage=stage, step=done, val=v)
@@ -252,9 +230,10 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
                 tqdm.write('warning: the codebook has collapsed: less than half of its codes are used')
             picture.save(run.dir / f'{stage}.png')
             model.train()
-        if done < steps and (done % s.save_every == 0 or run.stop):
+            logged += time.time() - pause
+        if done < steps and (done % s.save_every == 0 or stop):
             run.save('state.safetensors', stage, done, opts)
-            if run.stop:
+            if stop:
                 raise UserError(f'stopped; saved {stage} step {done}. Go on: same command and --resume')
     run.stage, run.step = (STAGES[index + 1], 0) if stage != STAGES[-1] else (stage, steps)
     run.save('state.safetensors', run.stage, run.step)
@@ -268,9 +247,9 @@ def train_tokenizer(run: Run):
         _, r, _ = world.scenes('train', step, s.tok_batch)
         half, most = s.tok_batch // 2, s.tok_batch * 3 // 4     # 1/2 pictures, 1/4 masks, 1/4 all
         x = torch.cat([r.image[:half], maps[0](r)[half:most],
-                       *(f(r)[most + i::len(maps)] for i, f in enumerate(maps))])     # [B,3,S,S]
-        y, _, commitment = tok(x)
-        mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
+                       *(f(r)[most + i::len(maps)] for i, f in enumerate(maps))])[RANK::RANKS]
+        y, _, commitment = tok(x)                                                     # [B,3,S,S]
+        mse, l1, commitment = (v / RANKS for v in (F.mse_loss(y, x), F.l1_loss(y, x), commitment))
         return {'loss': mse + .3 * l1 + .25 * commitment, 'mse': mse, 'commitment': commitment}
 
     def sample(run):
@@ -282,31 +261,40 @@ def train_tokenizer(run: Run):
     tok.eval().requires_grad_(False)
 
 def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1., late=False):
-    """Mean losses: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with maps."""
-    s, world, tok, umm, out, loss = run.s, run.world, run.tok, run.umm, {}, 0
-    forward = torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16)(umm.forward)
+    """Mean losses: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with maps.
+    H_...: the entropy of the tokens of each, which guessing by their frequencies alone would reach."""
+    s, world, tok, umm, out, codes = run.s, run.world, run.tok, run.umm, {}, run.umm.c.grid ** 2
+    entropy = lambda ids: torch.special.entr(ids.unique(return_counts=True)[1] / ids.numel()).sum()
+
+    def add(names, B, seq, target=None, hidden=()):
+        """The text and the pixel loss of a batch of B pictures, this process's part of the means."""
+        mine = Sequence(*(part(t, B) for t in vars(seq).values()))
+        said, all_said = (t[t >= 0] for t in (mine.target, seq.target))
+        mine.image = None if seq.image is None else umm.inputs(tok, mine.image)
+        mine.codes = None if target is None else tok.encode(part(target, B))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            losses = umm(mine, len(hidden[RANK::RANKS]) / len(mine.text))
+        for name, loss, ids, n in zip(names, losses, (said, mine.codes), (len(all_said), B * codes)):
+            if name and n:                    # 0: nothing is known of these pictures, or no prompt left
+                share = ids.numel() / n * (RANK < B)
+                out[name] = 0 * umm.source.sum() if loss is None else loss * share
+                out['H_' + name] = entropy(ids) / RANKS
+
     if ask:
         Q, kinds = (s.late_questions, data.FINDING) if late else (s.questions, data.KINDS)
-        seq, _ = world.questions('train', 3 * step, ask, Q, kinds=kinds)
-        seq.image = umm.inputs(tok, seq.image)
-        if (text := forward(seq)[0]) is not None:          # None: nothing is known of these pictures
-            out['text'], loss = text, w_text * text
+        add(['text'], ask, world.questions('train', 3 * step, ask, Q, kinds=kinds)[0])
     if draw and world.captions:
-        seq, target = world.drawings('train', 3 * step + 1, draw, s.drop)
-        seq.codes = tok.encode(target)
-        plan, out['draw'] = forward(seq)
-        out |= {} if plan is None else {'plan': plan}        # None: all prompts were dropped
-        loss = loss + out.get('plan', 0) + w_draw * out['draw']
+        add(['plan', 'draw'], draw, *world.drawings('train', 3 * step + 1, draw, s.drop))
     if proxies:
         seq, target, _ = world.proxies('train', 3 * step + 2, proxies, s.proxy)
-        target = target.roll(1, 0) if s.control == 'shuffled' else target
-        seq.image, seq.codes = umm.inputs(tok, seq.image), tok.encode(target)
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
         # Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1)
-        out[s.proxy] = forward(seq, s.hide)[1]
+        target = target.roll(1, 0) if s.control == 'shuffled' else target
+        add(['', s.proxy], proxies, seq, target, range(round(s.hide * proxies)))
         umm.blocks.requires_grad_(True)
-        loss = loss + s.w_proxy * out[s.proxy]
-    return {'loss': loss if out else 0 * umm.source.sum()} | {k: v.detach() for k, v in out.items()}
+    weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
+    loss = sum(w * out[k] for k, w in weights.items() if k in out) if out else 0 * umm.source.sum()
+    return {'loss': loss} | {k: v.detach() for k, v in out.items()}
 
 sample_umm = lambda run: (evaluation.understanding(run.umm, run.tok, run.world, 128, 'val'),
                           evaluation.picture(run.umm, run.tok, run.world, run.s.cfg))
@@ -356,10 +344,11 @@ def check(s: Settings) -> Settings:
               ('n_embd', s.n_embd % (4 * s.n_head or 1) == 0, f'a multiple of {4 * s.n_head}'),
               ('vq_width', s.vq_width % 8 == 0, 'a multiple of 8'),
               ('ratio', s.proxy == 'none' or s.ratio * s.post_ask >= 1.5, '2 maps a step or more'),
-              ('tok_batch', s.tok_batch >= 8, 'at least 8'), ('eval_n', s.eval_n >= 16, 'at least 16'),
+              ('tok_batch', s.tok_batch % RANKS == 0 and s.tok_batch >= 8,
+               'at least 8' + f' and a multiple of {RANKS}, the processes' * torchrun),
               *((k, getattr(s, k) <= 1, 'a share, 0 to 1') for k in ('drop', 'hide')),
               ('codebook', s.quantizer == 'vq' or s.codebook.bit_count() == 1 < s.codebook,
-               'a power of 2, 2 or more, for fsq')]
+               'a power of 2, 2 or more, for fsq'), ('eval_n', s.eval_n >= 16, 'at least 16')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
     # Peak of a step: twice what autograd keeps, 20 C + 1.3 H keys floats a token and block (results.md)
@@ -374,17 +363,28 @@ def check(s: Settings) -> Settings:
 
 def main(argv=None):
     begin, s = time.time(), parse(argv)
-    run = Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
+    sys.stdout = open(os.devnull, 'w') if RANK else sys.stdout    # the first process logs and saves
+    device, bf16 = evaluation.choose_device(s.device, s.dtype, s.threads)
+    if torchrun:
+        device.type == 'cuda' and torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    run = Run(s, device, bf16)
+    run.peak = evaluation.peak(device, bf16)
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
           '{:.2f} a code'.format(*size, run.guess('text'), run.guess('draw')))
-    signal.signal(signal.SIGINT, lambda *_: (setattr(run, 'stop', True),     # a second Ctrl-C kills
-                                             signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    def stop(*_):
+        run.stop = True
+        torchrun or signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second Ctrl-C kills
+    signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
     train_tokenizer(run)
     pretrain(run)
     if run.step == 0:
         run.save('pretrained.safetensors', 'posttrain', 0)
     posttrain(run)
+    torchrun and dist.destroy_process_group()
+    if RANK:
+        return
     run.save('model.safetensors', 'posttrain', s.post_steps)
     scores = evaluation.evaluate(run.umm, run.tok, run.world, s.eval_n, s.cfg)
     scores['minutes'] = (time.time() - begin) / 60

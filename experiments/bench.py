@@ -35,14 +35,6 @@ def flops(work) -> float:
         work()
     return count.get_total_flops()
 
-def peak(n: int, k: int, m: int, seconds=.5) -> float:
-    """Measured FLOP/s of the matrix product [n, k] x [k, m] in float32."""
-    a, b, done, begin = torch.randn(n, k), torch.randn(k, m), 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        a @ b
-        done += 1
-    return 2 * n * k * m * done / (time.perf_counter() - begin)
-
 def alternate(runs: dict, rounds: int) -> dict:
     """{name: function} -> {name: [(wall, CPU) seconds of each round]}; one warm-up, then by turns."""
     times = {name: [] for name in runs}
@@ -147,7 +139,7 @@ def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B:
     times = alternate(runs, rounds)
     report.add(what, times, 'tokens', B * T)
     spent = statistics.median(w for w, _ in times['nanoUMM'])
-    best = peak(B * T, c.n_embd, 4 * c.n_embd)
+    best = evaluation.peak(torch.device('cpu'), shape=(B * T, c.n_embd, 4 * c.n_embd))
     share = flops(lambda: umm(Sequence(x, ones, y))[0].backward()) / spent / best
     report.note(f'{what}: MFU', f'{share:.0%} of {best / 1e9:.0f} GFLOP/s, float32', share)
 

@@ -211,6 +211,10 @@ def base_of(arm: str) -> str:
     """The pre-trained run that an arm starts from; a base's is itself."""
     return 'base-code' if arm.endswith('-code') else 'base'
 
+def plan_of(a) -> list:
+    """What all arms of one folder share; others must not be mixed in."""
+    return [a.preset, a.n, RECIPE, a.data, a.steps]
+
 def prepare(folder: Path, flags: list):
     """A Run in `folder`, resumed if it was begun before."""
     begun = (folder / 'state.safetensors').exists()
@@ -250,7 +254,7 @@ def work(a, seed: int, arm: str):
                 train.posttrain(run)
             run.umm.eval()
             scores = measure(run, a.n)
-        result = {'arm': arm, 'seed': seed, 'plan': [a.preset, a.n, RECIPE, a.data, a.steps],
+        result = {'arm': arm, 'seed': seed, 'plan': plan_of(a),
                   'seconds': time.time() - begin, 'steps': run.s.post_steps, 'scores': scores,
                   'log': [json.loads(x) for x in run.lines if '"val"' in x]}
     (folder / 'result.part').write_text(json.dumps(result))
@@ -280,8 +284,7 @@ def execute(a, arms):
     fails does not stop the others. -> what failed and why"""
     def done(seed, arm):
         path = a.out / f'seed{seed}' / arm / 'result.json'
-        if path.exists() and \
-                json.loads(path.read_text())['plan'] != [a.preset, a.n, RECIPE, a.data, a.steps]:
+        if path.exists() and json.loads(path.read_text())['plan'] != plan_of(a):
             raise UserError(f'{path} is of another --preset, --n, --data, --steps or recipe: '
                             'choose another --out, or delete it')
         return path.exists()
@@ -334,7 +337,7 @@ def main(argv=None):
     if not 1 <= a.seeds <= 100 or min(a.jobs, a.n, a.steps) < 0:
         raise UserError(f'--seeds is {a.seeds}, --jobs {a.jobs}, --n {a.n}, --steps {a.steps}: '
                         '1 to 100 seeds, no negatives')
-    a.device = 'cuda' if torch.cuda.is_available() and a.preset == 'gpu' else 'cpu'
+    a.device = data.find_device().type if a.preset == 'gpu' else 'cpu'
     a.data = a.data and str(Path(a.data).resolve())
     name = '-'.join(['reproduce', *[a.preset] * (a.preset != 'cpu'),
                      *[Path(a.data).name] * bool(a.data)])

@@ -4,12 +4,16 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import model
+import optim
 import train
 from data import UserError
 
@@ -25,7 +29,7 @@ def test_muon_orthogonalizes():
     for shape in ((3, 8, 20), (2, 20, 8)):
         G = torch.randn(shape)
         U, S, V = torch.linalg.svd(G, full_matrices=False)
-        O = train.orthogonalize(G)
+        O = optim.orthogonalize(G)
         s = torch.linalg.svdvals(O)
         assert 0.6 < s.min() and s.max() < 1.3
         assert ((U.mT @ O @ V.mT).diagonal(dim1=-2, dim2=-1) > 0.6).all()
@@ -119,6 +123,43 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch)
     assert drop(run_dir / 'log.jsonl') == drop(out / 'log.jsonl')
 
 
+TORCHRUN = """
+import signal, sys
+sys.path.insert(0, {root!r})
+import model, torch, train
+model.MAX_PLAN = 24
+real = train.umm_losses
+
+def losses(run, step, *how, **more):
+    if train.RANK == 1 and run.stage == 'posttrain' and step == run.s.pre_steps + 2:
+        signal.raise_signal(signal.SIGTERM)     # one of the two is told to stop
+    return real(run, step, *how, **more)
+train.umm_losses = losses
+train.data.guard(train.main)
+"""
+
+
+def test_two_processes_are_one_and_a_run_goes_on_with_another_number_of_them(run_dir, tmp_path, monkeypatch):
+    """torchrun with two gloo processes: the losses of one process, files by the first alone; told to stop,
+    all stop after the same step; the run then goes on in this process."""
+    (tmp_path / 'main.py').write_text(TORCHRUN.format(root=str(ROOT)))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'main.py']
+    done = subprocess.run([*command, *TEST, '--out', 'run'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and done.stderr.count('stopped; saved posttrain step 3') == 2, done.stderr
+    assert done.stdout.count('parameters:') == done.stdout.count('device:') == 1
+    leave_out(monkeypatch, 'evaluate', 'report')
+    train.main([*TEST, '--out', str(tmp_path / 'run'), '--resume'])
+    one, two = ([json.loads(x) for x in open(d / 'log.jsonl')] for d in (run_dir, tmp_path / 'run'))
+    losses = lambda line: {k: v for k, v in line.items() if isinstance(v, float) and k[:2] != 'H_'} | {
+        k: 0.0 for k in ('seconds', 'mfu')
+    }
+    for a, b in zip(one, two, strict=True):
+        assert (a['stage'], a['step']) == (b['stage'], b['step'])
+        assert losses(a) == pytest.approx(losses(b), rel=1e-3)
+    a, b = weights(run_dir / 'model.safetensors'), weights(tmp_path / 'run' / 'model.safetensors')
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+
+
 def test_same_seed_same_weights_other_seed_other_weights(run_dir, tmp_path, monkeypatch):
     leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
     train.main([*TEST, '--out', str(tmp_path / 'b'), '--seed', '1'])
@@ -173,6 +214,29 @@ def test_mixture_is_what_the_settings_say():
     pixel = s.w_draw * losses['draw'] + s.w_proxy * losses['seg']
     want = s.w_text * losses['text'] + losses['plan'] + pixel
     assert losses['loss'].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('ranks', [2, 3, 5])
+def test_parts_of_processes_add_up_to_the_whole_batch(monkeypatch, ranks):
+    """Losses and gradients; some processes get no picture at all."""
+    run = tiny_run('--hide', '.5')
+    torch.nn.init.normal_(run.umm.pixel_head.weight), torch.nn.init.normal_(run.umm.text_head.weight)
+
+    def step():
+        losses = train.umm_losses(run, 0, 4, 3, 4, 0.7, 0.4)
+        losses['loss'].backward()
+        grads = [p.grad for p in run.umm.parameters()]
+        run.umm.zero_grad()
+        return {k: v.item() for k, v in losses.items()}, [torch.zeros(1) if g is None else g for g in grads]
+
+    whole, parts = step(), []
+    for rank in range(ranks):
+        monkeypatch.setattr(train, 'RANKS', ranks), monkeypatch.setattr(train, 'RANK', rank)
+        parts.append(step())
+    for k in whole[0]:
+        assert k[:2] == 'H_' or sum(p[0][k] for p in parts) == pytest.approx(whole[0][k], rel=1e-5), k
+    for i, g in enumerate(whole[1]):
+        torch.testing.assert_close(sum(p[1][i] for p in parts), g, rtol=1e-4, atol=1e-5)
 
 
 def targets_of(run, monkeypatch):
