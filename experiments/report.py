@@ -38,6 +38,7 @@ CLAIMS = {
     'segmentation beats depth in understanding': ('seg', 'depth', UNDERSTANDING, '+1.0 / +1.0'),
     'the supervision does it: true maps beat shuffled ones': ('seg', 'shuffled', UNDERSTANDING, '-'),
     'maps beat as much compute on questions': ('seg', 'sft-long', UNDERSTANDING, '-'),
+    'the lead lasts: both after twice the steps': ('seg-long', 'sft-long', UNDERSTANDING, '-'),
     'the trunk must move: frozen blocks lose': ('seg', 'frozen', UNDERSTANDING, '-'),
     'maps matter when few pictures have questions (200)':
         ('seg-asked-200', 'sft-asked-200', UNDERSTANDING, '-'),
@@ -205,7 +206,7 @@ def report(out: Path):
         parts.append(f'\n# {title}: mean over seeds, test split\n\n' +
                      table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows))
     seconds = [r['seconds'] for by_seed in found.values() for r in by_seed.values()]
-    parts.append("\n\\* `sft-asked-N` and `sft-code` for the arms of these kinds.\n\n"
+    parts.append("\n\\* `sft-asked-N`, `sft-code` and `sft-long` for the `seg-` arms of these kinds.\n\n"
                  f'{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one process, '
                  'without the bases.')
     (out / 'report.md').write_text('\n'.join(parts) + '\n')

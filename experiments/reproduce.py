@@ -9,9 +9,9 @@
 One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same
 loss weights, on the same pictures, questions and drawings in the same order. The proxies differ in
 target and instruction, those of restoration in their spoilt input too; `ratio-*` has other pictures
-with maps, `first` other batches, `sft-long` twice the steps. All arms replay drawings. A finished arm
-is kept (result.json) and never run again; a killed one resumes. Writes report.md, claims.json and
-figures under --out; scores: test split.
+with maps, `first` other batches, `sft-long` and `seg-long` twice the steps. All arms replay drawings.
+A finished arm is kept (result.json) and never run again; a killed one resumes. Writes report.md,
+claims.json and figures under --out; scores: test split.
 """
 import argparse
 import contextlib
@@ -40,8 +40,8 @@ RATIOS, POOLS, ASKED = (.5, 1., 1.5, 2.5, 3.), (100, 400, 1600), (200, 800)
 # arm -> flags of train.py, then: 'pictures' / 'questions', the number of distinct ones (0 = endless)
 ARMS = {
     'none': None, 'sft': {'proxy': 'none'}, **{p: {'proxy': p} for p in PROXY_ARMS},
-    'sft-long': {'proxy': 'none', 'longer': 2.}, 'shuffled': {'control': 'shuffled'},
-    'frozen': {'control': 'frozen'}, 'first': {'control': 'first'},
+    'sft-long': {'proxy': 'none', 'longer': 2.}, 'seg-long': {'proxy': 'seg', 'longer': 2.},
+    'shuffled': {'control': 'shuffled'}, 'frozen': {'control': 'frozen'}, 'first': {'control': 'first'},
     **{f'ratio-{r:g}': {'ratio': r} for r in RATIOS},
     **{f'scale-{n}': {'pictures': n} for n in POOLS},
     **{f'{arm}-asked-{n}': {'proxy': proxy, 'questions': n}
@@ -50,7 +50,7 @@ ARMS = {
 PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',
                   'shuffled'),
          'quick': ('none', 'sft', 'edge', 'depth', 'seg'),
-         'controls': ('none', 'sft', 'seg', 'sft-long', 'shuffled', 'frozen', 'first'),
+         'controls': ('none', 'sft', 'seg', 'sft-long', 'seg-long', 'shuffled', 'frozen', 'first'),
          'restoration': ('none', 'sft', 'recon', 'denoise', 'deblur', 'superres', 'inpaint'),
          'ratio': ('none', 'sft', 'seg', *(a for a in ARMS if a.startswith('ratio'))),
          'scale': ('none', 'sft', 'seg', *(a for a in ARMS if a.startswith('scale'))),
