@@ -378,7 +378,8 @@ def peak(device, bf16=False, shape=None) -> float:
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
+    run = 'out/gpu' if torch.cuda.is_available() else 'out/cpu'
+    p.add_argument('--run', default=run, help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')

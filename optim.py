@@ -1,6 +1,11 @@
-"""From gradients to a step: Muon for the hidden matrices, AdamW for all else; sums over processes."""
+"""From gradients to a step: Muon for hidden matrices, AdamW for all else, sums over processes."""
+import os
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
+
+from data import UserError
 
 def orthogonalize(G, steps=5):
     """Roughly the nearest orthogonal matrices, by Newton-Schulz (Jordan et al. 2024); G [n, a, b]."""
@@ -42,13 +47,40 @@ def optimizers(model, lr, muon_lr):
     return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)]
 
 
+# ---- several processes, started by torchrun: each works on its part of every batch ----
+def join(device):
+    """Become one of them, on a GPU of its own."""
+    gpus, mine = torch.cuda.device_count(), int(os.environ['LOCAL_RANK'])
+    if device.type == 'cuda':
+        if mine >= gpus:
+            raise UserError(f'torchrun started more processes than GPUs: --nproc_per_node={gpus}')
+        torch.cuda.set_device(mine)
+    how = 'nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(how, timeout=timedelta(hours=4))       # while one decodes a folder
+
+def wait():
+    """Until all processes are here; without torchrun nothing happens."""
+    if dist.is_available() and dist.is_initialized():
+        together(dist.barrier)
+
+def together(call, *args):
+    try:
+        call(*args)
+    except RuntimeError as e:
+        raise UserError(f'another process has ended, see its message ({str(e)[:60]})')
+
 def exchange(model, losses: dict, stop: bool) -> bool:
     """Add up gradients and losses of all processes, in place -> has any of them been told to stop?"""
-    for p in model.parameters():
+    params = list(model.parameters())
+    flags = [params[0].new_tensor([p.grad is not None for p in params] + [stop])]
+    for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    parts = [p.grad for p in model.parameters()] + [v.detach() for v in losses.values()]
-    flat = torch.cat([*(t.flatten() for t in parts), parts[0].new_tensor([float(stop)])])
-    dist.all_reduce(flat)
-    for t, total in zip(parts, flat.split([t.numel() for t in parts] + [1])):
+    parts = [p.grad for p in params] + [v.detach() for v in losses.values()] + flags
+    flat = torch.cat([t.flatten() for t in parts])
+    together(dist.all_reduce, flat)
+    for t, total in zip(parts, flat.split([t.numel() for t in parts])):
         t.copy_(total.view_as(t))
-    return flat[-1].item() > 0
+    *used, stop = flags[0].tolist()
+    for p, count in zip(params, used):
+        p.grad = p.grad if count else None             # as in one process: no gradient, no step
+    return stop > 0

@@ -30,7 +30,7 @@ import eval as evaluation
 from data import PROXIES, Sequence, UserError
 from folder import open_world
 from model import Config, UMM, VQTokenizer, load, save
-from optim import exchange, optimizers
+from optim import exchange, join, optimizers, wait
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 torchrun = dist.is_available() and dist.is_torchelastic_launched()
@@ -50,7 +50,7 @@ class Settings:
     seed: int = opt(0, 'seed of weights, scenes, order and questions')
     device: str = opt('auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu')
     dtype: str = opt('auto', 'of matrix products in the transformer: float32, bfloat16 or auto')
-    threads: int = opt(0, 'CPU threads; 0: as many as cores')
+    threads: int = opt(0, 'CPU threads; 0: as many as cores (torchrun: 1)')
     size: int = opt(32, 'side of the pictures in pixels')
     codebook: int = opt(512, 'codes of the tokenizer')
     quantizer: str = opt('vq', 'vq (learned codebook) or fsq (fixed grid)')
@@ -101,11 +101,6 @@ PRESETS = {'cpu': {}, 'gpu': dict(
     tok_batch=8, pre_steps=6, pre_ask=4, pre_draw=4, post_steps=6, post_ask=2, post_draw=2, questions=4,
     late_questions=6, eval_n=32, log_every=2, save_every=4, sample_every=8)}
 
-# ---- several processes (torchrun): each works on its part of every batch ----
-def part(t, B: int):
-    """Of t [B * R, ...], about B pictures, the rows of this process: every RANKS-th picture's."""
-    return t if t is None else t.unflatten(0, (B, -1))[min(RANK, B - 1)::RANKS].flatten(0, 1)
-
 # ---- a run: its folder, log and checkpoint ----
 class Run:
     """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
@@ -135,9 +130,9 @@ class Run:
             for k, v in vars(self.umm.c).items():
                 if getattr(s, k, v) != v:
                     raise UserError(f'--{k} is {getattr(s, k)!r}, but {s.init} was made with {v!r}')
-        RANK and dist.barrier()                # the first process decodes a folder, the others find it
+        RANK and wait()                        # the first process decodes a folder, the others find it
         self.world = open_world(s.data, s.size, s.seed, device, text, s.skip_bad)
-        torchrun and RANK == 0 and dist.barrier()
+        RANK or wait()
         if s.resume and self.world.checksum != meta.get('checksum', 0):
             raise UserError(f'{s.data} has changed since the run began: restore it or --overwrite this')
         if s.proxy not in (*self.world.targets, 'seg', 'none'):
@@ -211,7 +206,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
         done = step + 1
         if done % s.log_every == 0 or done == steps:
             line, now = {k: round(v.item(), 4) for k, v in losses.items()}, time.time()
-            if count:              # model FLOP/s utilisation: share of the peak of matrix products
+            if count and run.peak < math.inf:      # model FLOP/s utilisation: share of the peak
                 each, logged = (now - logged) / min(s.log_every, done - first), now
                 line['mfu'] = round(count.get_total_flops() / each / run.peak, 3)
             shown = {k: v for k, v in line.items() if not k.startswith('H_')}
@@ -219,9 +214,9 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=now - begin)
             if wild := [k for k, v in shown.items() if k != 'loss' and rise > 1 and v > run.guess(k)]:
                 tqdm.write(f'warning: {stage} {done}: {wild} worse than a uniform guess')
+        pause = time.time()
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
             model.eval()
-            pause = time.time()
             figures, picture = sample(run)
             v = {k: round(f if isinstance(f, float) else f['value'] or 0, 3) for k, f in figures.items()}
             run.log(stage=stage, step=done, val=v)
@@ -230,15 +225,20 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
                 tqdm.write('warning: the codebook has collapsed: less than half of its codes are used')
             picture.save(run.dir / f'{stage}.png')
             model.train()
-            logged += time.time() - pause
         if done < steps and (done % s.save_every == 0 or stop):
             run.save('state.safetensors', stage, done, opts)
             if stop:
+                wait()
                 raise UserError(f'stopped; saved {stage} step {done}. Go on: same command and --resume')
+        logged += time.time() - pause                  # mfu is that of training
     run.stage, run.step = (STAGES[index + 1], 0) if stage != STAGES[-1] else (stage, steps)
     run.save('state.safetensors', run.stage, run.step)
 
 # ---- the three stages ----
+def part(t, B: int):
+    """Of t [B * R, ...], about B pictures, the rows of this process: every RANKS-th picture's."""
+    return t if t is None else t.unflatten(0, (B, -1))[min(RANK, B - 1)::RANKS].flatten(0, 1)
+
 def train_tokenizer(run: Run):
     """Autoencode pictures and the maps of all proxies together: one codebook has to draw them all."""
     s, tok, world, maps = run.s, run.tok, run.world, list(run.world.maps.values())
@@ -262,23 +262,24 @@ def train_tokenizer(run: Run):
 
 def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_draw=1., late=False):
     """Mean losses: `ask` pictures with questions, `draw` texts to draw, `proxies` pictures with maps.
-    H_...: the entropy of the tokens of each, which guessing by their frequencies alone would reach."""
-    s, world, tok, umm, out, codes = run.s, run.world, run.tok, run.umm, {}, run.umm.c.grid ** 2
+    H_...: the entropy of this step's tokens, near what guessing by their frequencies would reach."""
+    s, world, tok, umm, out, N = run.s, run.world, run.tok, run.umm, {}, run.umm.c.grid ** 2
     entropy = lambda ids: torch.special.entr(ids.unique(return_counts=True)[1] / ids.numel()).sum()
 
-    def add(names, B, seq, target=None, hidden=()):
-        """The text and the pixel loss of a batch of B pictures, this process's part of the means."""
-        mine = Sequence(*(part(t, B) for t in vars(seq).values()))
+    def add(names, B, seq, target=None, hide=0.):
+        """The (text, pixel) loss of a batch of B pictures under two names, '' for none: this process's
+        part of the means. The first round(hide * B) do not see their earlier codes."""
+        mine, hidden = Sequence(*(part(t, B) for t in vars(seq).values())), range(round(hide * B))
         said, all_said = (t[t >= 0] for t in (mine.target, seq.target))
         mine.image = None if seq.image is None else umm.inputs(tok, mine.image)
         mine.codes = None if target is None else tok.encode(part(target, B))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
             losses = umm(mine, len(hidden[RANK::RANKS]) / len(mine.text))
-        for name, loss, ids, n in zip(names, losses, (said, mine.codes), (len(all_said), B * codes)):
+        for name, loss, ids, n in zip(names, losses, (said, mine.codes), (len(all_said), B * N)):
             if name and n:                    # 0: nothing is known of these pictures, or no prompt left
                 share = ids.numel() / n * (RANK < B)
                 out[name] = 0 * umm.source.sum() if loss is None else loss * share
-                out['H_' + name] = entropy(ids) / RANKS
+                out['H_' + name] = entropy(all_said if ids is said else ids) / RANKS
 
     if ask:
         Q, kinds = (s.late_questions, data.FINDING) if late else (s.questions, data.KINDS)
@@ -290,7 +291,7 @@ def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_d
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
         # Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1)
         target = target.roll(1, 0) if s.control == 'shuffled' else target
-        add(['', s.proxy], proxies, seq, target, range(round(s.hide * proxies)))
+        add(['', s.proxy], proxies, seq, target, s.hide)
         umm.blocks.requires_grad_(True)
     weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
     loss = sum(w * out[k] for k, w in weights.items() if k in out) if out else 0 * umm.source.sum()
@@ -354,20 +355,18 @@ def check(s: Settings) -> Settings:
     # Peak of a step: twice what autograd keeps, 20 C + 1.3 H keys floats a token and block (results.md)
     N, asked = s.size**2 // 16, 11 * max(s.questions, s.late_questions)
     kept = lambda B, T, keys: 8e-9 * s.n_layer * B * T * (20 * s.n_embd + 1.3 * s.n_head * keys)
-    need = .5 + kept(max(s.pre_ask, s.post_ask), N + asked, N + 100) + kept(
+    need = kept(max(s.pre_ask, s.post_ask), N + asked, N + 100) + kept(
         max(s.pre_draw, s.post_draw + s.ratio * s.post_ask), 2 * N + 60, 2 * N + 60)
-    room = hasattr(os, 'sysconf') and os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
-    if room and need > room:
+    need, here = .5 + need / RANKS, data.find_device(s.device).type != 'cuda' and hasattr(os, 'sysconf')
+    if here and need > (room := os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9):
         print(f'warning: a step may need {need:.0f} GB of {room:.0f}: ask for less or a smaller model')
     return s
 
 def main(argv=None):
-    begin, s = time.time(), parse(argv)
     sys.stdout = open(os.devnull, 'w') if RANK else sys.stdout    # the first process logs and saves
+    begin, s = time.time(), parse(argv)
     device, bf16 = evaluation.choose_device(s.device, s.dtype, s.threads)
-    if torchrun:
-        device.type == 'cuda' and torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    torchrun and join(device)
     run = Run(s, device, bf16)
     run.peak = evaluation.peak(device, bf16)
     size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
@@ -390,10 +389,11 @@ def main(argv=None):
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
-    out, of = shlex.quote(str(run.dir)), f' --data {shlex.quote(s.data)}' * bool(s.data)
+    out, words = shlex.quote(str(run.dir)), shlex.quote(run.world.example or 'a picture')
+    same = shlex.join(x for x in argv or sys.argv[1:] if x not in ('--resume', '--overwrite'))
     print(f"""\n{scores['minutes']:.1f} minutes. Now look at {out}/samples.png, then try:
-    python sample.py draw {shlex.quote(run.world.example)} --n 1 --checkpoint {out}/model.safetensors
-    python train.py{of} --init {out}/pretrained.safetensors --proxy edge --out out/edge
+    python sample.py draw {words} --n 1 --checkpoint {out}/model.safetensors
+    python train.py {same} --init {out}/pretrained.safetensors --proxy edge --out out/edge
 which teaches edges instead of segmentation: what changes?""")
 
 if __name__ == '__main__':

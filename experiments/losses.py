@@ -28,12 +28,17 @@ def losses(run: Path):
     proxy, s = meta['settings']['proxy'], meta['settings']
     world = world_of(s, text)
     entropy = lambda ids: torch.special.entr(ids.bincount() / ids.numel()).sum().item()
-    asked, drawn = world.questions('val', 0, 128, s['questions'])[0], world.drawings('val', 1, 128)
-    shown = {'text': (umm.c.vocab, asked.target), 'plan': (umm.c.vocab, drawn[0].target),
-             'draw': (umm.c.codebook, tok.encode(drawn[1]))}
-    if proxy != 'none':
-        shown[proxy] = (umm.c.codebook, tok.encode(world.proxies('val', 2, 128, proxy)[1]))
     lines = [json.loads(x) for x in (run / 'log.jsonl').read_text().splitlines()]
+    V, K, shown = umm.c.vocab, umm.c.codebook, {}      # a folder may lack captions, questions, masks
+    if any('text' in x for x in lines):
+        shown['text'] = V, world.questions('val', 0, 128, s['questions'])[0].target
+    if any('draw' in x for x in lines):
+        seq, drawn = world.drawings('val', 1, 128)
+        shown |= {'plan': (V, seq.target), 'draw': (K, tok.encode(drawn))}
+    if any(proxy in x for x in lines):
+        shown[proxy] = K, tok.encode(world.proxies('val', 2, 128, proxy)[1])
+    if not shown:
+        raise UserError(f'{run}/log.jsonl holds no losses: train longer than --log_every steps')
     fig, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 2.6), sharey=True)
     for ax, (name, (size, ids)) in zip(axes, shown.items()):
         step = lambda x: (x['stage'] == 'posttrain') * s['pre_steps'] + x['step']

@@ -131,7 +131,7 @@ model.MAX_PLAN = 24
 real = train.umm_losses
 
 def losses(run, step, *how, **more):
-    if train.RANK == 1 and run.stage == 'posttrain' and step == run.s.pre_steps + 2:
+    if train.RANK == 1 and step == run.s.pre_steps + 2:     # the third of post-training
         signal.raise_signal(signal.SIGTERM)     # one of the two is told to stop
     return real(run, step, *how, **more)
 train.umm_losses = losses
@@ -140,15 +140,25 @@ train.data.guard(train.main)
 
 
 def test_two_processes_are_one_and_a_run_goes_on_with_another_number_of_them(run_dir, tmp_path, monkeypatch):
-    """torchrun with two gloo processes: the losses of one process, files by the first alone; told to stop,
-    all stop after the same step; the run then goes on in this process."""
+    """Begun in this process, continued by torchrun with two gloo processes until one of them is told to
+    stop, finished in this process: the same losses and files as in one go."""
     (tmp_path / 'main.py').write_text(TORCHRUN.format(root=str(ROOT)))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'main.py']
-    done = subprocess.run([*command, *TEST, '--out', 'run'], cwd=tmp_path, capture_output=True, text=True)
+    flags, real = [*TEST, '--out', str(tmp_path / 'run')], train.umm_losses
+    leave_out(monkeypatch, 'evaluate', 'report')
+
+    def stop(run, step, *how, **more):
+        run.stop = True
+        return real(run, step, *how, **more)
+
+    monkeypatch.setattr(train, 'umm_losses', stop)
+    with pytest.raises(UserError, match='stopped; saved pretrain step 1'):
+        train.main(flags)
+    monkeypatch.setattr(train, 'umm_losses', real)
+    done = subprocess.run([*command, *flags, '--resume'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and done.stderr.count('stopped; saved posttrain step 3') == 2, done.stderr
     assert done.stdout.count('parameters:') == done.stdout.count('device:') == 1
-    leave_out(monkeypatch, 'evaluate', 'report')
-    train.main([*TEST, '--out', str(tmp_path / 'run'), '--resume'])
+    train.main([*flags, '--resume'])
     one, two = ([json.loads(x) for x in open(d / 'log.jsonl')] for d in (run_dir, tmp_path / 'run'))
     losses = lambda line: {k: v for k, v in line.items() if isinstance(v, float) and k[:2] != 'H_'} | {
         k: 0.0 for k in ('seconds', 'mfu')
