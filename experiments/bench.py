@@ -104,38 +104,39 @@ def llama(c: Config, **how):
         max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
         pad_token_id=0, **how))
 
-def training(report: Report, rounds: int, nanogpt: str, what: str, c: Config, B: int, T: int):
-    """A step on B sequences of T tokens, all predicted."""
+def training(report: Report, rounds: int, a, what: str, c: Config, B: int, T: int):
+    """A step on B sequences of T tokens, all predicted; in bfloat16 too, where that is not emulated."""
     ids = torch.randint(c.vocab, (B, T + 1))
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     adam = lambda m: [torch.optim.AdamW(m.parameters(), 3e-4, fused=True)]
-    umm, ours, ones = UMM(c), UMM(c), torch.ones_like(x)
-    runs = {'nanoUMM': stepper(lambda: umm(Sequence(x, ones, y))[0], adam(umm)),           # equal work
-            'nanoUMM, Muon': stepper(lambda: ours(Sequence(x, ones, y))[0],
-                                     train.optimizers(ours, 2e-3, .02))}
-    bf16 = lambda f: torch.autocast('cpu', torch.bfloat16)(f)
+    umm, ours, ones, runs = UMM(c), UMM(c), torch.ones_like(x), {}
+
+    def add(name, loss, opts):
+        runs[name] = stepper(loss, opts)
+        if a.bf16:
+            runs[name + ', bf16'] = stepper(torch.autocast('cpu', torch.bfloat16)(loss), opts)
+    add('nanoUMM', lambda: umm(Sequence(x, ones, y))[0], adam(umm))                        # equal work
+    add('nanoUMM, Muon', lambda: ours(Sequence(x, ones, y))[0], train.optimizers(ours, 2e-3, .02))
     with peer('transformers'):
         body = llama(c, attn_implementation='sdpa')
-        loss = lambda: F.cross_entropy(body(x).logits.flatten(0, 1), y.flatten())
-        runs['transformers Llama'] = stepper(loss, adam(body))
-        runs['transformers Llama, bf16'] = stepper(bf16(loss), adam(body))
+        add('transformers Llama', lambda: F.cross_entropy(body(x).logits.flatten(0, 1), y.flatten()),
+            adam(body))
     with peer('x-transformers'):
         from x_transformers import Decoder, TransformerWrapper
         wrapped = TransformerWrapper(num_tokens=c.vocab, max_seq_len=T, attn_layers=Decoder(
             dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head,
             rotary_pos_emb=True, attn_flash=True))
-        runs['x-transformers'] = stepper(
-            lambda: F.cross_entropy(wrapped(x).flatten(0, 1), y.flatten()), adam(wrapped))
+        add('x-transformers', lambda: F.cross_entropy(wrapped(x).flatten(0, 1), y.flatten()),
+            adam(wrapped))
     with peer('nanoGPT'):
-        if not nanogpt:
+        if not a.nanogpt:
             raise ImportError('name a clone with --nanogpt')
-        spec = importlib.util.spec_from_file_location('nanogpt', f'{nanogpt}/model.py')  # not ours
+        spec = importlib.util.spec_from_file_location('nanogpt', f'{a.nanogpt}/model.py')  # not ours
         gpt = sys.modules['nanogpt'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(gpt)
         net = gpt.GPT(gpt.GPTConfig(block_size=T, vocab_size=c.vocab, n_layer=c.n_layer, n_head=c.n_head,
                                     n_embd=c.n_embd, dropout=0., bias=False))
-        runs['nanoGPT'] = stepper(lambda: net(x, y)[1],
-                                  [net.configure_optimizers(.1, 3e-4, (.9, .95), 'cpu')])
+        add('nanoGPT', lambda: net(x, y)[1], [net.configure_optimizers(.1, 3e-4, (.9, .95), 'cpu')])
     times = alternate(runs, rounds)
     report.add(what, times, 'tokens', B * T)
     spent = statistics.median(w for w, _ in times['nanoUMM'])
@@ -250,21 +251,39 @@ def tokenizer(report: Report, rounds: int):
     report.add('tokenizer, training step', alternate(runs, rounds), 'pictures', len(x))
     report.add('tokenizer, there and back', alternate(trips, rounds), 'pictures', len(x))
 
+def kept(loss) -> int:
+    """Bytes that autograd keeps from the forward pass for the backward pass, shared storage once."""
+    sizes = {}
+
+    def pack(t):
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held = loss()                        # alive until counted, or its storage would be used again
+    return sum(sizes.values()) + 0 * held.numel()
+
 def growth(report: Report, rounds: int):
-    """How the step grows with length, batch, width and layers; generation with length."""
+    """How a step's time and memory grow with length, batch, width, layers; generation with length."""
     base = dict(T=128, B=4, C=128, n_layer=4)
+    middle = lambda runs: statistics.median(w for w, _ in alternate(runs, rounds)['s'])
     for key, values in (('T', (128, 256, 512)), ('B', (4, 8, 16)), ('C', (128, 256, 512)),
                         ('n_layer', (4, 8, 16))):
-        seconds = []
+        shown = []
         for value in values:
             how = base | {key: value}
             umm = UMM(Config(vocab=V, n_layer=how['n_layer'], n_head=4, n_embd=how['C']))
             x = torch.randint(V, (how['B'], how['T']))
-            step = stepper(lambda: umm(Sequence(x, torch.ones_like(x), x))[0],
-                           train.optimizers(umm, 2e-3, .02))
-            seconds.append(statistics.median(w for w, _ in alternate({'s': step}, rounds)['s']))
-        shown = ', '.join(f'{v}: {1e3 * t:.0f} ms' for v, t in zip(values, seconds))
-        report.note(f'step against {key}', shown)
+            loss = lambda: umm(Sequence(x, torch.ones_like(x), x))[0]
+            spent = middle({'s': stepper(loss, train.optimizers(umm, 2e-3, .02))})
+            shown.append(f'{value}: {1e3 * spent:.0f} ms, {kept(loss) / 1e6:.0f} MB')
+        report.note(f'step against {key}', '; '.join(shown))
+    shown, x = [], torch.randint(V, (1, 64))
+    for size in (32, 64, 96):
+        c = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=size)
+        umm = UMM(c).eval()
+        spent = middle({'s': lambda: umm.generate(Sequence(x, torch.ones_like(x)))})
+        shown.append(f'{len(umm.rc)} codes: {1e3 * spent / len(umm.rc):.2f} ms each')
+    report.note('generation against length, batch 1', '; '.join(shown))
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
@@ -277,11 +296,14 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.threads < 1:
         raise UserError(f'--threads is {a.threads}: 1 or more')
-    evaluation.choose_device('cpu', 'float32', a.threads)
+    _, units = evaluation.choose_device('cpu', 'auto', a.threads)
+    a.bf16 = units or not a.quick
+    if not a.bf16:
+        print('no bfloat16 units: bfloat16 is left out of --quick')
     report, rounds = Report(), 3 if a.quick else 7
     large = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
-    training(report, rounds, a.nanogpt, f'training step, T = {T}', large, B, T)
-    training(report, rounds, a.nanogpt, 'training step, cpu preset', Config(), 24, 160)
+    training(report, rounds, a, f'training step, T = {T}', large, B, T)
+    training(report, rounds, a, 'training step, cpu preset', Config(), 24, 160)
     main_job(report, rounds)
     generation(report, max(2, rounds // 2))
     tokenizer(report, rounds)

@@ -18,7 +18,7 @@ import folder as folders
 import sample
 import train
 from data import UserError
-from experiments import report, reproduce
+from experiments import bench, report, reproduce
 
 
 def read_image(path, size):
@@ -76,6 +76,13 @@ def test_readme_says_how_long_the_files_are():
         stated = int(re.search(rf'`{name}` \((\d+) lines\)', text)[1])
         actual = len((ROOT / name).read_text().splitlines())
         assert abs(stated - actual) <= 0.1 * actual, (name, stated, actual)
+
+
+def test_bench_counts_what_autograd_keeps():
+    x, w = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    keeps = 4 * (x.numel() + w.numel() + 8 * 4)  # both factors of x @ w, and its exponential
+    assert bench.kept(lambda: (x @ w).exp().sum()) == keeps
+    assert bench.flops(lambda: x @ w) == 2 * 8 * 16 * 4
 
 
 def test_house_rules():
