@@ -12,7 +12,7 @@ import data
 import model
 import train
 from data import UserError, World
-from experiments import report, reproduce
+from experiments import cosine, report, reproduce
 
 
 @pytest.fixture(scope='module')
@@ -193,6 +193,24 @@ def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypat
     keys = {'claim', 'effect', 'low', 'high', 'seeds', 'paper', 'verdict'}
     assert claims and all(keys <= c.keys() for c in claims)
     assert results == {p: p.read_bytes() for p in out.glob('seed*/*/result.json')}
+
+
+def test_cosine_of_gradients(arms, monkeypatch, capsys):
+    """Against autograd.grad of the summed loss; with themselves the questions' gradients agree fully."""
+    monkeypatch.setattr(cosine, 'BATCHES', 2), monkeypatch.setattr(cosine, 'PICTURES', 4)
+    runs, real = [], train.umm_losses
+    monkeypatch.setattr(train, 'umm_losses', lambda run, step, *how: (runs.append(run), real(run, step % 2, *how))[1])
+    got = cosine.cosines(arms[0] / 'seed0' / 'base' / 'pretrained.safetensors')
+    assert got.keys() == {'questions', *reproduce.PROXY_ARMS} and got['questions'] == pytest.approx([1, 1], abs=1e-5)
+    run = runs[-1]
+    run.s.proxy, parts = 'edge', list(run.umm.blocks.parameters())
+    a, b = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(real(run, 0, *n)['loss'] + real(run, 1, *n)['loss'], parts)])
+        for n in ((4, 0, 0), (0, 0, 4))
+    )
+    assert got['edge'][-1] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-5)
+    cosine.main(arms[0])
+    assert '| edge |' in capsys.readouterr().out
 
 
 def test_a_killed_arm_resumes_to_the_same_scores(arms, tmp_path):
