@@ -317,7 +317,7 @@ def figures(out: Path, found):
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                          'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
     shown = [a for a in INK if a in found]
-    counts = sorted({len(by_seed) for by_seed in found.values()})
+    counts = sorted({len(found[a]) for a in shown})
     seeds = ' to '.join(map(str, sorted({counts[0], counts[-1]}))) + ' seeds'
 
     def gains(name, first, names, base):

@@ -361,6 +361,7 @@ def main(argv=None):
         except (KeyboardInterrupt, BrokenExecutor):
             raise UserError('stopped; finished arms are kept: the same command goes on')
     from experiments.report import report
+    torch.set_num_threads(a.threads)       # two threads on a busy machine can be many times slower
     report(a.out)
     if failed:
         raise UserError('failed: ' + '; '.join(failed)

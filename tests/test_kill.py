@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 TRAIN = [sys.executable, str(ROOT / 'train.py'), '--preset', 'test', '--device', 'cpu', '--threads', '1']
 ARMS = [sys.executable, '-m', 'experiments.reproduce', '--preset', 'test', '--arms', 'sft,seg', '--seeds', '1',
-        '--jobs', '1', '--n', '16']  # fmt: skip
+        '--jobs', '2', '--n', '16']  # fmt: skip
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
 
 
