@@ -46,7 +46,6 @@ def optimizers(model, lr, muon_lr):
     hidden, rest = ([p for n, p in model.named_parameters() if inner(n, p) is x] for x in (True, False))
     return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)]
 
-
 # ---- several processes, started by torchrun: each works on its part of every batch ----
 def join(device):
     """Become one of them, on a GPU of its own."""

@@ -288,9 +288,9 @@ def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_d
         add(['plan', 'draw'], draw, *world.drawings('train', 3 * step + 1, draw, s.drop))
     if proxies:
         seq, target, _ = world.proxies('train', 3 * step + 2, proxies, s.proxy)
+        target = target.roll(1, 0) if s.control == 'shuffled' else target
         umm.blocks.requires_grad_(s.control != 'frozen')     # the graph of this loss alone leaves it out
         # Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1)
-        target = target.roll(1, 0) if s.control == 'shuffled' else target
         add(['', s.proxy], proxies, seq, target, s.hide)
         umm.blocks.requires_grad_(True)
     weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
@@ -369,9 +369,9 @@ def main(argv=None):
     torchrun and join(device)
     run = Run(s, device, bf16)
     run.peak = evaluation.peak(device, bf16)
-    size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
+    sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
-          '{:.2f} a code'.format(*size, run.guess('text'), run.guess('draw')))
+          '{:.2f} a code'.format(*sizes, run.guess('text'), run.guess('draw')))
     def stop(*_):
         run.stop = True
         torchrun or signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second Ctrl-C kills
@@ -390,10 +390,10 @@ def main(argv=None):
     evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
     out, words = shlex.quote(str(run.dir)), shlex.quote(run.world.example or 'a picture')
-    same = shlex.join(x for x in argv or sys.argv[1:] if x not in ('--resume', '--overwrite'))
+    again = ['train.py', *(x for x in argv or sys.argv[1:] if x not in ('--resume', '--overwrite'))]
     print(f"""\n{scores['minutes']:.1f} minutes. Now look at {out}/samples.png, then try:
     python sample.py draw {words} --n 1 --checkpoint {out}/model.safetensors
-    python train.py {same} --init {out}/pretrained.safetensors --proxy edge --out out/edge
+    python {shlex.join(again)} --init {out}/pretrained.safetensors --proxy edge --out out/edge
 which teaches edges instead of segmentation: what changes?""")
 
 if __name__ == '__main__':

@@ -310,6 +310,55 @@ def projected(out: Path, found):
     fig.savefig(out / 'projection.png')
     plt.close(fig)
 
+def gains(out: Path, found, shown, first: str, base: str, name: str):
+    """Each arm above `base`, by type of question or category."""
+    import matplotlib.pyplot as plt
+    arms = [a for a in shown if a != base]
+    names = [k for k in names_of(found, first) if k not in ('verifier', 'ceiling', 'other')]
+    fig, ax = plt.subplots(figsize=(max(6, len(names) * .95), 3.2))
+    for i, arm in enumerate(arms):
+        es = [difference(found, arm, base, (first, k)) for k in names]
+        x = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * .8 / len(arms)
+        ax.errorbar(x, *bars(es), fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black',
+                    mew=.4)
+    ax.axhline(0, color='black', lw=.7)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel(f'points above {base}')
+    ax.set_title(f'{first}, test split: paired differences, 95% t intervals, '
+                 f'{seeds_of(found, shown)}', loc='left')
+    ax.legend(ncol=max(1, len(arms)), loc='upper center', bbox_to_anchor=(.5, -.12))
+    fig.savefig(out / name)
+    plt.close(fig)
+
+def seeds_of(found, shown) -> str:
+    counts = sorted({len(found[a]) for a in shown})
+    return ' to '.join(map(str, sorted({counts[0], counts[-1]}))) + ' seeds'
+
+def curves(out: Path, found, shown, panels: dict, y_label: str, x_label: str, name: str):
+    """panels: {title: function of a result -> [(x, y)]}; mean and interval over seeds, by arm."""
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), squeeze=False)
+    for ax, (title, curve) in zip(axes[0], panels.items()):
+        for arm in shown:
+            lines = [dict(curve(r)) for r in found[arm].values() if curve(r)]
+            x = sorted(set.intersection(*map(set, lines))) if lines else []
+            y = np.array([[line[i] for i in x] for line in lines])
+            if len(x) > 1:
+                ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black',
+                        mew=.3)
+                if len(lines) > 2:                # an interval of two is wider than the figure
+                    h = t_quantile(.975, len(lines) - 1) * y.std(0, ddof=1) / len(lines) ** .5
+                    ax.fill_between(x, y.mean(0) - h, y.mean(0) + h, color=INK[arm], alpha=.12, lw=0)
+        ax.set_title(title, loc='left')
+        ax.set_xlabel(x_label)
+    axes[0, 0].set_ylabel(y_label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncol=max(1, len(labels)), loc='lower center', bbox_to_anchor=(.5, -.1))
+    fig.text(.99, 1.0, f'bands: 95% t intervals, {seeds_of(found, shown)}', ha='right', fontsize=7)
+    fig.tight_layout()
+    fig.savefig(out / name)
+    plt.close(fig)
+
 def figures(out: Path, found):
     """gains.png, generation.png, convergence.png; of the procedural world probe.png, attention.png,
     projection.png."""
@@ -317,70 +366,21 @@ def figures(out: Path, found):
     plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                          'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
     shown = [a for a in INK if a in found]
-    counts = sorted({len(found[a]) for a in shown})
-    seeds = ' to '.join(map(str, sorted({counts[0], counts[-1]}))) + ' seeds'
-
-    def gains(name, first, names, base):
-        arms = [a for a in shown if a != base]
-        names = [k for k in names if k not in ('verifier', 'ceiling', 'other')]
-        fig, ax = plt.subplots(figsize=(max(6, len(names) * .95), 3.2))
-        for i, arm in enumerate(arms):
-            es = [difference(found, arm, base, (first, k)) for k in names]
-            x = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * .8 / len(arms)
-            ax.errorbar(x, *bars(es), fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black',
-                        mew=.4)
-        ax.axhline(0, color='black', lw=.7)
-        ax.set_xticks(range(len(names)), names)
-        ax.set_ylabel(f'points above {base}')
-        ax.set_title(f'{first}, test split: paired differences, 95% t intervals, {seeds}', loc='left')
-        ax.legend(ncol=max(1, len(arms)), loc='upper center', bbox_to_anchor=(.5, -.12))
-        fig.savefig(out / name)
-        plt.close(fig)
-
     base = 'sft' if 'sft' in found else shown[0]
-    probed = 'projection' in next(iter(found[shown[0]].values()))['scores']     # not of real pictures
-    if probed:
-        projected(out, {arm: found[arm] for arm in shown})
-    gains('gains.png', 'understanding', names_of(found, 'understanding'), base)
-    gains('generation.png', 'generation', names_of(found, 'generation'), base)
-
-    def curves(name, panels, y_label, x_label):
-        """panels: {title: function of a result -> [(x, y)]}"""
-        fig, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), squeeze=False)
-        for ax, (title, curve) in zip(axes[0], panels.items()):
-            for arm in shown:
-                lines = [dict(curve(r)) for r in found[arm].values() if curve(r)]
-                x = sorted(set.intersection(*map(set, lines))) if lines else []
-                y = np.array([[line[i] for i in x] for line in lines])
-                if len(x) > 1:
-                    ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4,
-                            mec='black', mew=.3)
-                    if len(lines) > 2:            # an interval of two is wider than the figure
-                        h = t_quantile(.975, len(lines) - 1) * y.std(0, ddof=1) / len(lines) ** .5
-                        ax.fill_between(x, y.mean(0) - h, y.mean(0) + h, color=INK[arm], alpha=.12, lw=0)
-            ax.set_title(title, loc='left')
-            ax.set_xlabel(x_label)
-        axes[0, 0].set_ylabel(y_label)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, ncol=max(1, len(labels)), loc='lower center',
-                   bbox_to_anchor=(.5, -.1))
-        fig.text(.99, 1.0, f'bands: 95% t intervals, {seeds}', ha='right', fontsize=7)
-        fig.tight_layout()
-        fig.savefig(out / name)
-        plt.close(fig)
-
+    gains(out, found, shown, 'understanding', base, 'gains.png')
+    gains(out, found, shown, 'generation', base, 'generation.png')
     at = lambda key: lambda r: [(x['step'], x['val'][key]) for x in r['log']
                                 if x['stage'] == 'posttrain']
     types = names_of(found, 'understanding')
     chosen = ('shape', 'what') if 'what' in types else types[1:3]
-    curves('convergence.png', {'mean of visual types': at('mean'), **{k: at(k) for k in chosen}},
-           'validation accuracy', 'post-training step')
-    if not probed:
+    curves(out, found, shown, {'mean of visual types': at('mean'), **{k: at(k) for k in chosen}},
+           'validation accuracy', 'post-training step', 'convergence.png')
+    if 'projection' not in next(iter(found[shown[0]].values()))['scores']:         # of real pictures
         return
+    projected(out, {arm: found[arm] for arm in shown})
     by_layer = lambda group, key: lambda r: list(enumerate(r['scores'][group][key]))
-    curves('probe.png',
-           {k: by_layer('probe', k) for k in ('shape', 'colour', 'depth', 'object', 'control')},
-           'balanced accuracy of a linear probe', 'layer (0 = embedding)')
-    kinds = ('picture', 'asked object', 'draw: position')
-    curves('attention.png', {k: by_layer('attention', k) for k in kinds},
-           'share of attention', 'layer')
+    tasks, kinds = ('shape', 'colour', 'depth', 'object', 'control'), ('picture', 'asked object')
+    curves(out, found, shown, {k: by_layer('probe', k) for k in tasks},
+           'balanced accuracy of a linear probe', 'layer (0 = embedding)', 'probe.png')
+    curves(out, found, shown, {k: by_layer('attention', k) for k in (*kinds, 'draw: position')},
+           'share of attention', 'layer', 'attention.png')

@@ -1,5 +1,6 @@
 """The commands as a user types them, the README; bad input: one clear line, exit 2, nothing written."""
 
+import ast
 import io
 import re
 import shlex
@@ -100,7 +101,9 @@ def test_house_rules():
         later = order[order.index(name) :] if name in order else ['eval', 'train']
         assert not used & set(later), name
     assert total <= 1700
-    for path in (ROOT / 'experiments').glob('*.py'):
+    for path in [*ROOT.glob('*.py'), *(ROOT / 'experiments').glob('*.py')]:
+        for f in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(f, ast.FunctionDef) or f.end_lineno - f.lineno < 60, (path.name, f.name)
         lines = path.read_text().splitlines()
         assert len(lines) <= 400 and max(map(len, lines), default=0) <= 105, path.name
 
