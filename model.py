@@ -302,8 +302,8 @@ class UMM(nn.Module):
         """
         (B, T), H, draw, guided = s.text.shape, self.c.n_head, first is None, cfg != 1
         if guided:                         # second half of the batch: the same without its text
+            image = None if s.image is None else torch.cat([s.image, s.image])
             turn = torch.cat([s.turn, torch.full_like(s.turn, -1)])                   # [2B,T]
-            image = s.image if s.image is None else torch.cat([s.image, s.image])
             s = Sequence(s.text.repeat(2, 1), turn, None, image)
         length, known = len(self.rc) if draw else length, 0 if s.image is None else len(self.rc)
         size = (2, len(s.text), H, known + T + length, self.c.n_embd // H)
