@@ -107,7 +107,7 @@ class Run:
     guess = lambda self, k: math.log(self.umm.c.vocab if k in ('text', 'plan') else self.umm.c.codebook)
 
     def __init__(self, s: Settings, device, bf16=False):
-        self.s, self.device, self.bf16, self.peak, self.dir = s, device, bf16, math.inf, Path(s.out)
+        self.s, self.device, self.bf16, self.peak, self.dir = s, device, bf16, 0, Path(s.out)
         self.stage, self.step, self.saved, self.stop, text = STAGES[0], 0, {}, False, None
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
@@ -189,24 +189,24 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
                disable=RANK > 0 or 'TQDM_DISABLE' in os.environ)
     for step in bar:
         torch.manual_seed(data.generator(s.seed, 'train', step * 4 + index).initial_seed())
-        cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
-        rise, fall = (step + 1) / max(1, s.warmup * steps), (steps - step) / max(1, cooldown * steps)
-        with FlopCounterMode(display=False) if (step + 1) % s.log_every == 0 else nullcontext() as count:
+        done, cooldown = step + 1, s.pre_cooldown if stage == 'pretrain' else s.cooldown
+        rise, fall = done / max(1, s.warmup * steps), (steps - step) / max(1, cooldown * steps)
+        counting = run.peak and done % s.log_every == 0
+        with FlopCounterMode(display=False) if counting else nullcontext() as count:
             losses = loss_of(step)
             losses['loss'].backward()
         stop = exchange(model, losses, run.stop) if torchrun else run.stop
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
-            raise UserError(f'{stage} step {step + 1}: gradient is not finite: lower a learning rate; '
+            raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate; '
                             f'{ {k: v.item() for k, v in losses.items()} }. Last good state: {s.out}')
         for o in opts:
             o.param_groups[0]['lr'] = o.defaults['lr'] * min(1, rise, fall)
             o.step()
         model.zero_grad()
-        done = step + 1
         if done % s.log_every == 0 or done == steps:
             line, now = {k: round(v.item(), 4) for k, v in losses.items()}, time.time()
-            if count and run.peak < math.inf:      # model FLOP/s utilisation: share of the peak
+            if count:              # model FLOP/s utilisation: share of the peak of matrix products
                 each, logged = (now - logged) / min(s.log_every, done - first), now
                 line['mfu'] = round(count.get_total_flops() / each / run.peak, 3)
             shown = {k: v for k, v in line.items() if not k.startswith('H_')}
