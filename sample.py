@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from data import UserError
+from data import PROXIES, UserError
 from folder import read_image
 from model import draw, load, write
 
@@ -63,7 +63,9 @@ def newest_checkpoint():
 def main(argv=None):
     a = parse(argv)
     device, checkpoint = data.find_device(a.device), a.checkpoint or newest_checkpoint()
-    tok, umm, text, _, _ = load(checkpoint, device)
+    tok, umm, text, _, meta = load(checkpoint, device)
+    if (kind := TASKS[a.task][1].split(' ')[0]) in PROXIES and kind != meta['settings'].get('proxy'):
+        print(f'warning: {checkpoint} did not learn this map (train.py --proxy {kind}): expect noise')
     prompt = a.text if a.task in ('draw', 'ask') else data.WORDS[TASKS[a.task][1]][0]
     n, limit = len(text.encode(prompt)), data.MAX_TEXT - data.MAX_PLAN     # a plan or an answer follows
     if not 0 < n <= limit:
@@ -71,8 +73,7 @@ def main(argv=None):
                         'the text is empty: write what to draw or to ask')
     image = None
     if a.task != 'draw':
-        image = read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1) / 255
-        image = umm.inputs(tok, image)
+        image = umm.inputs(tok, read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1) / 255)
     s = data.pack(text, [[(prompt, None)]] * a.n, image, device)
     how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k,
                generator=torch.Generator(device).manual_seed(a.seed))
@@ -81,8 +82,7 @@ def main(argv=None):
         return
     codes, plans = (umm.generate(s, **how), ()) if image is not None else \
         draw(umm, text, [prompt] * a.n, **how)
-    for plan in plans:
-        print('plan:', plan)
+    print(''.join(f'plan: {plan}\n' for plan in plans), end='')
     pictures = tok.decode(codes).permute(0, 2, 3, 1).mul(255).round().byte().cpu()
     side, S = math.ceil(a.n ** .5), max(256, umm.c.size)
     canvas = Image.new('RGB', (side * S, math.ceil(a.n / side) * S))

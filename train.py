@@ -372,9 +372,9 @@ def main(argv=None):
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
           '{:.2f} a code'.format(*sizes, run.guess('text'), run.guess('draw')))
-    def stop(*_):
+    def stop(number, _):
         run.stop = True
-        torchrun or signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second Ctrl-C kills
+        torchrun or signal.signal(number, signal.SIG_DFL)                # the second one kills
     signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
     train_tokenizer(run)
     pretrain(run)
@@ -386,12 +386,12 @@ def main(argv=None):
         return
     run.save('model.safetensors', 'posttrain', s.post_steps)
     scores = evaluation.evaluate(run.umm, run.tok, run.world, s.eval_n, s.cfg)
-    scores['minutes'] = (time.time() - begin) / 60
+    scores['minutes'] = minutes = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
     evaluation.picture(run.umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
     out, words = shlex.quote(str(run.dir)), shlex.quote(run.world.example or 'a picture')
     again = ['train.py', *(x for x in argv or sys.argv[1:] if x not in ('--resume', '--overwrite'))]
-    print(f"""\n{scores['minutes']:.1f} minutes. Now look at {out}/samples.png, then try:
+    print(f"""\n{minutes:.1f} minutes{' since --resume' * s.resume}. Look at {out}/samples.png, then:
     python sample.py draw {words} --n 1 --checkpoint {out}/model.safetensors
     python {shlex.join(again)} --init {out}/pretrained.safetensors --proxy edge --out out/edge
 which teaches edges instead of segmentation: what changes?""")

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import eval as evaluation
 import train
-from data import Sequence, UserError, World
+from data import Sequence, UserError
 from model import Config, UMM, VQTokenizer
 
 V, T, B, LAYERS, HEADS, WIDTH = 2048, 320, 4, 6, 8, 256

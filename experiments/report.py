@@ -21,9 +21,9 @@ MARGIN = .02                     # differences below 2 points are called none
 RULE = """\
 A claim is *reproduced* if the interval excludes 0 and has the paper's sign, *opposite* if it excludes 0
 with the other sign, *not reproduced* if it holds 0 and lies within 2 points of it, else *undecided*.
-That reasoning stays as it is counts as reproduced if the interval lies within 2 points of 0. Intervals
-are Student's t over seeds, not corrected for the number of claims; the last column says what survives
-Holm's correction."""
+That reasoning stays as it is counts as reproduced if the interval lies within 2 points of 0, as not
+reproduced if it excludes 0. Intervals are Student's t over seeds, not corrected for the number of
+claims; the last column says which of the differences survive Holm's correction."""
 UNDERSTANDING, GENERATION = ('understanding', 'mean'), ('generation', 'mean')
 POSITION = ('generation', 'position')
 INK = {'none': '#999999', 'sft': '#000000', 'seg': '#D55E00', 'recon': '#0072B2', 'edge': '#56B4E9',
@@ -36,8 +36,9 @@ CLAIMS = {
     'segmentation beats edges in understanding': ('seg', 'edge', UNDERSTANDING, '+1.5 / +1.0'),
     'segmentation beats reconstruction in understanding': ('seg', 'recon', UNDERSTANDING, '+1.1 / +0.5'),
     'segmentation beats depth in understanding': ('seg', 'depth', UNDERSTANDING, '+1.0 / +1.0'),
+    'classes beat instances without names in understanding': ('seg', 'instance', UNDERSTANDING, '-'),
     'the supervision does it: true maps beat shuffled ones': ('seg', 'shuffled', UNDERSTANDING, '-'),
-    'maps beat as much compute on questions': ('seg', 'sft-long', UNDERSTANDING, '-'),
+    'maps beat twice the steps of questions': ('seg', 'sft-long', UNDERSTANDING, '-'),
     'the lead lasts: both after twice the steps': ('seg-long', 'sft-long', UNDERSTANDING, '-'),
     'the trunk must move: frozen blocks lose': ('seg', 'frozen', UNDERSTANDING, '-'),
     'maps matter when few pictures have questions (200)':
@@ -136,6 +137,10 @@ def collect(out: Path) -> dict:
         r = json.loads(path.read_text())
         if r['scores']:
             found.setdefault(r['arm'], {})[r['seed']] = r
+    for r in (runs := [r for by_seed in found.values() for r in by_seed.values()]):
+        if r['plan'] != runs[0]['plan']:
+            raise UserError(f"{out} mixes {r['arm']} (plan {r['plan']}) with {runs[0]['arm']} (plan "
+                            f"{runs[0]['plan']}): delete the folders of one of the two kinds")
     if not found:
         raise UserError(f'no finished arm under {out}: run python -m experiments.reproduce first')
     return found
@@ -154,7 +159,7 @@ def claims_of(found) -> list[dict]:
             rows.append({'claim': claim, 'effect': e['value'], 'low': e['low'], 'high': e['high'],
                          'p': e['p'], 'seeds': e['n'], 'arms': f'{arm} - {other}', 'paper': paper,
                          'verdict': verdict(e, no_change=paper == '0')})
-    for row, kept in zip(rows, holm([r['p'] for r in rows])):
+    for row, kept in zip(rows, holm([None if r['paper'] == '0' else r['p'] for r in rows])):
         row['survives_holm'] = kept
     return rows
 
@@ -187,8 +192,8 @@ def report(out: Path):
     found = collect(out)
     claims = claims_of(found)
     (out / 'claims.json').write_text(json.dumps(claims, indent=1) + '\n')
-    m = sum(c['p'] is not None for c in claims)
-    parts = [f'# Claims\n\n{m} claims tested; differences paired by seed, in points.\n{RULE}\n',
+    m = sum(c['p'] is not None and c['paper'] != '0' for c in claims)
+    parts = [f'# Claims\n\n{m} differences tested, paired by seed, in points.\n{RULE}\n',
              table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'),
                    [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
                      c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
@@ -272,16 +277,21 @@ def samples(out: Path, found, world, n=6):
         evaluation.grid(rows, names, scale=3).save(out / 'samples.png')
 
 def sweeps(out: Path, found):
-    """sweeps.png: understanding above questions alone against what each sweep varies."""
+    """sweeps.png: understanding above questions alone against what each sweep varies; a panel shows the
+    seeds that all its arms have."""
     import matplotlib.pyplot as plt
     known = found.keys() - {'sft', 'seg'}
-    panels = {title: arms for title, arms in SWEEPS.items() if known & set(arms.values())}
+    panels = {title: {x: a for x, a in arms.items() if a in found and baseline(a) in found}
+              for title, arms in SWEEPS.items() if known & set(arms.values())}
+    panels = {title: arms for title, arms in panels.items() if arms}
     if not panels:
         return
     fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), sharey=True,
                              squeeze=False)
     for ax, (title, arms) in zip(axes[0], panels.items()):
-        es = [(x, difference(found, arm, baseline(arm), UNDERSTANDING)) for x, arm in arms.items()]
+        seeds = set.intersection(*(found[a].keys() & found[baseline(a)].keys() for a in arms.values()))
+        kept = {a: {s: r for s, r in by_seed.items() if s in seeds} for a, by_seed in found.items()}
+        es = [(x, difference(kept, arm, baseline(arm), UNDERSTANDING)) for x, arm in arms.items()]
         es = [(x, e) for x, e in es if e['n']]
         at, up = bars([e for _, e in es])
         ax.errorbar(range(len(es)), at, up, fmt='s-', color=INK['seg'], ms=4, lw=1, capsize=2)

@@ -286,7 +286,7 @@ def execute(a, arms):
         path = a.out / f'seed{seed}' / arm / 'result.json'
         if path.exists() and json.loads(path.read_text())['plan'] != plan_of(a):
             raise UserError(f'{path} is of another --preset, --n, --data, --steps or recipe: '
-                            'choose another --out, or delete it')
+                            'choose another --out, or delete its folder')
         return path.exists()
 
     need = {(seed, arm): base_of(arm) for arm in arms for seed in range(a.seeds) if not done(seed, arm)}

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
+TEST = ['--preset', 'test', '--device', 'cpu', '--threads', '1']
 model.MAX_PLAN = 24  # what is untrained never ends a plan
 torch.set_num_threads(1)  # two threads on a busy machine are several times slower than one
 
@@ -20,7 +21,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before the same hook of pytest-xdist, which reads them
 def pytest_cmdline_main(config):
-    if config.option.numprocesses is None and not hasattr(config, 'workerinput'):  # `-n 0`: in this process
+    if config.option.numprocesses is None and not hasattr(config, 'workerinput'):  # -n 0: in this one
         config.option.numprocesses, config.option.dist = 2, 'worksteal'
 
 
@@ -37,6 +38,18 @@ def fuzz(n, *strategies):
     return lambda test: how(given(*strategies)(test))
 
 
+def weights(path):
+    return model.load(path)[3]
+
+
+def leave_out(monkeypatch, *names):
+    """These measurements of eval.py find nothing: for tests of training alone."""
+    import eval as evaluation
+
+    for name in names:
+        monkeypatch.setattr(evaluation, name, lambda *a, **k: {})
+
+
 @pytest.fixture(scope='session')
 def world():
     from data import World
@@ -50,5 +63,5 @@ def run_dir(tmp_path_factory):
     import train
 
     out = tmp_path_factory.mktemp('run') / 'test'
-    train.main(['--preset', 'test', '--out', str(out), '--device', 'cpu', '--threads', '1'])
+    train.main([*TEST, '--out', str(out)])
     return out

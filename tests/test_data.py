@@ -64,9 +64,10 @@ def test_render_against_naive_loop():
                 slot = 0
                 for k in sorted(range(int(s.n[b])), key=lambda k: s.z[b, k]):
                     rad = s.radius[b, k]
-                    dx, dy = ((x + 0.5) / 20 - s.xy[b, k, 0]) / rad, (
-                        (y + 0.5) / 20 - s.xy[b, k, 1]
-                    ) / rad
+                    dx, dy = (
+                        ((x + 0.5) / 20 - s.xy[b, k, 0]) / rad,
+                        ((y + 0.5) / 20 - s.xy[b, k, 1]) / rad,
+                    )
                     if data.distance_field(int(s.shape[b, k]), dx[None], dy[None])[0] * rad * 20 <= 0:
                         slot = k + 1
                         break
@@ -92,7 +93,8 @@ def test_each_proxy_target_is_its_own_map(world):
         if name == 'instance':  # one colour each, all different; what colour says nothing of the class
             for b in range(8):
                 colours = {
-                    i: target[b][:, r.instance[b] == i].unique(dim=1) for i in r.instance[b].unique().tolist()
+                    i: target[b][:, r.instance[b] == i].unique(dim=1)
+                    for i in r.instance[b].unique().tolist()
                 }
                 assert all(c.shape[1] == 1 for c in colours.values())
                 assert len({tuple(c[:, 0].tolist()) for c in colours.values()}) == len(colours)
@@ -179,8 +181,9 @@ def test_answers_cannot_be_guessed_from_the_words(kind, many_scenes):
 
 
 def test_caption_styles():
-    a, b = data.Object('circle', 'red', 0, 0.2, 0.25, 0.1), data.Object(
-        'circle', 'blue', 1, 0.8, 0.25, 0.9
+    a, b = (
+        data.Object('circle', 'red', 0, 0.2, 0.25, 0.1),
+        data.Object('circle', 'blue', 1, 0.8, 0.25, 0.9),
     )
     rng = random.Random(0)
     assert data.caption([a, b], 'list', rng) == 'a red circle and a blue circle'

@@ -1,4 +1,4 @@
-"""Folders of real pictures: what is read is what is there, all stages run, each kind of bad row is named."""
+"""Folders of real pictures: read as they are, all stages run, each kind of bad row named."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEST
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,13 +22,14 @@ INKS = {'red': (220, 30, 30), 'blue': (30, 60, 220), 'green': (30, 180, 40)}
 
 
 def write(root, n=24):
-    """A tiny set: a coloured block on grey, 24 x 16 pixels; its mask has an ignored line around the block."""
+    """A tiny set: a coloured block on grey, 24 x 16 pixels; the mask ignores a line around the block."""
     rng = np.random.default_rng(0)
     for split, count in (('train', n), ('validation', n // 3), ('test', n // 3)):
         (root / split).mkdir(parents=True)
         rows = []
         for i in range(count):
-            name, x, noise = list(INKS)[i % 3], int(rng.integers(1, 13)), rng.integers(100, 140, (16, 24, 3))
+            name, x = list(INKS)[i % 3], int(rng.integers(1, 13))
+            noise = rng.integers(100, 140, (16, 24, 3))
             picture, mask = noise.astype(np.uint8), np.zeros((16, 24), np.uint8)
             mask[3:13, x - 1 : x + 9] = 255
             mask[4:12, x : x + 8] = 1 + i % 3
@@ -81,7 +82,7 @@ def change_all(root, keys_of):
 
 def command(root, out):
     """Words of a command line that trains on the folder in a moment."""
-    return ['--preset', 'test', '--data', str(root), '--out', str(out), '--threads', '1', '--eval_n', '16']
+    return [*TEST, '--data', str(root), '--out', str(out), '--eval_n', '16']
 
 
 def test_what_is_read_is_what_is_there(root):
@@ -107,7 +108,11 @@ def test_what_is_read_is_what_is_there(root):
 
 def test_objects_become_a_plan_in_reading_order(root):
     boxes = {'sun': (18, 0, 24, 4), 'dog': (1, 9, 9, 15), 'hat': (0, 0, 4, 4), 'cat': (10, 10, 16, 15)}
-    change(root, 0, objects=[{'name': k, 'bbox': v} for k, v in boxes.items()] + [{'name': 'gone', 'bbox': None}])
+    change(
+        root,
+        0,
+        objects=[{'name': k, 'bbox': v} for k, v in boxes.items()] + [{'name': 'gone', 'bbox': None}],
+    )
     row = Folder(root, 16).rows['train'][0]
     assert row['plan'] == 'top left hat, top right sun, bottom left dog, bottom center cat'
 
@@ -190,10 +195,11 @@ def spoil(root, how):
             meta.write_text('')
 
 
-LINE = ('missing file', 'broken picture', 'mask of another size', 'mask in colour', 'unknown class', 'broken JSON',
-        'no file name', 'not an object', 'answer is a number', 'no answer', 'bad box', 'box of width and height',
-        'box is infinite', 'object without a name', 'objects are texts', 'qa is one object', 'type is taken',
-        'caption is a number', 'caption is no Unicode', 'deep', 'newline in a name')  # fmt: skip
+LINE = ('missing file', 'broken picture', 'mask of another size', 'mask in colour', 'unknown class',
+        'broken JSON', 'no file name', 'not an object', 'answer is a number', 'no answer', 'bad box',
+        'box of width and height', 'box is infinite', 'object without a name', 'objects are texts',
+        'qa is one object', 'type is taken', 'caption is a number', 'caption is no Unicode', 'deep',
+        'newline in a name')  # fmt: skip
 
 
 @pytest.mark.parametrize('how', LINE)
@@ -221,7 +227,9 @@ def test_a_picture_in_two_splits_is_named(root):
     assert len(Folder(root, 16, skip_bad=True).rows['val']) == 7
 
 
-@pytest.mark.parametrize('text', ['["background"]', '{"mask_classes": 5}', '{"mask_classes": "pet"}', '[' * 10**5, '{'])
+@pytest.mark.parametrize(
+    'text', ['["background"]', '{"mask_classes": 5}', '{"mask_classes": "pet"}', '[' * 10**5, '{']
+)
 def test_a_wrong_class_list_is_named(root, text):
     (root / 'classes.json').write_text(text)
     with pytest.raises(UserError, match='classes.json'):
@@ -275,7 +283,8 @@ def test_what_is_missing_switches_off_what_needs_it(root, gone, tmp_path, capsys
     train.main(command(root, out))
     assert f'no {gone} in' in capsys.readouterr().out
     scores = json.loads((out / 'scores.json').read_text())
-    assert bool(scores['segmentation']) == (gone != 'mask') and bool(scores['generation']) == (gone != 'caption')
+    assert bool(scores['segmentation']) == (gone != 'mask')
+    assert bool(scores['generation']) == (gone != 'caption')
     assert (scores['understanding']['mean']['value'] is None) == (gone == 'qa')
     if gone == 'caption':
         change_all(root, lambda k: {'qa': None})
@@ -284,7 +293,12 @@ def test_what_is_missing_switches_off_what_needs_it(root, gone, tmp_path, capsys
 
 
 def test_answers_that_training_never_gives_are_counted(root, capsys):
-    change(root, 0, 'test', qa=[{'question': 'What color is the block?', 'answer': 'mauve', 'type': 'color'}])
+    change(
+        root,
+        0,
+        'test',
+        qa=[{'question': 'What color is the block?', 'answer': 'mauve', 'type': 'color'}],
+    )
     Folder(root, 16)
     assert re.search(r"1 of \d+ answers .* such as 'mauve'", capsys.readouterr().out)
 
@@ -297,7 +311,10 @@ def test_depth_maps_are_used_where_all_rows_have_one(root, tmp_path):
     target = world.proxies('val', 0, 2, 'depth')[1]
     name = world.rows['val'][1]['file'].replace('.', 'm.')
     with Image.open(root / 'validation' / name) as im:
-        want = torch.from_numpy(np.array(im.convert('RGB').resize((16, 16), Image.BOX))).permute(2, 0, 1) / 255
+        want = (
+            torch.from_numpy(np.array(im.convert('RGB').resize((16, 16), Image.BOX))).permute(2, 0, 1)
+            / 255
+        )
     assert torch.equal(target[1], want)
 
 
@@ -307,7 +324,8 @@ def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, monkeypat
     train.main(words)
     assert 'a red block on the' in capsys.readouterr().out  # the next command to try is of this set
     scores = json.loads((out / 'scores.json').read_text())
-    assert scores['understanding'].keys() >= {'mean', 'color', 'side'} and 'exist' not in scores['understanding']
+    assert scores['understanding'].keys() >= {'mean', 'color', 'side'}
+    assert 'exist' not in scores['understanding']
     assert scores['generation'].keys() == {'mean', 'verifier', 'ceiling', 'other'}
     weights = load_file(out / 'model.safetensors')
     (out / 'model.safetensors').unlink()
@@ -315,7 +333,7 @@ def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, monkeypat
     assert all(torch.equal(t, weights[k]) for k, t in load_file(out / 'model.safetensors').items())
     evaluation.main(['--run', str(out), '--n', '16'])
     again = json.loads((out / 'scores_test.json').read_text())
-    assert again['understanding'] == scores['understanding'] and again['generation'] == scores['generation']
+    assert all(again[k] == scores[k] for k in ('understanding', 'generation'))
     change(root, 0, caption='a block')
     with pytest.raises(UserError, match='has changed since the run began'):
         train.main([*words, '--resume'])
@@ -336,7 +354,7 @@ def test_ignored_pixels_do_not_count(root):
     g = torch.Generator().manual_seed(0)
     true, pred = (torch.randint(4, (5, 8, 8), generator=g) for _ in range(2))
     true[torch.rand(true.shape, generator=g) < 0.3] = 255
-    true[true == 3] = 0  # class 3 is never true, but predicted: it counts; class 4 of 5 never occurs: it does not
+    true[true == 3] = 0  # class 3 is predicted, never true: it counts; 4 of 5 never occurs: it does not
     ious = []
     for k in range(5):
         inside = ((true == k) & (pred == k)).sum().item()
@@ -351,7 +369,9 @@ def test_the_reader_reads_true_captions_and_not_others(root):
     rows, r, _ = world.scenes('test', 2**20, 8)
     read = evaluation.reader(world, steps=120, B=16)
     texts = [row['caption'] for row in rows]
-    score = lambda x: (x.sum(0)[:, 0] / x.sum(0)[:, 1] + x.sum(0)[:, 2] / x.sum(0)[:, 3]).nanmean().item() / 2
+    score = lambda x: (
+        (x.sum(0)[:, 0] / x.sum(0)[:, 1] + x.sum(0)[:, 2] / x.sum(0)[:, 3]).nanmean().item() / 2
+    )
     assert score(read(r.image, texts)) > 0.85 > 0.7 > score(read(r.image.roll(1, 0), texts))
 
 

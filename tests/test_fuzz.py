@@ -1,6 +1,8 @@
-"""Random input of every kind: a few hundred in the suite, thousands with `python -m pytest tests/test_fuzz.py --fuzz 31`.
+"""Random input of every kind: a few hundred in the suite, thousands with
+`python -m pytest tests/test_fuzz.py --fuzz 31`.
 
-Whatever a user, a file or a command line brings, the answer is a result or one UserError, never another exception.
+Whatever a user, a file or a command line brings, the answer is a result or one UserError, never
+another exception.
 """
 
 import contextlib
@@ -27,7 +29,9 @@ from data import Questions, UserError, World
 TEXT = st.one_of(
     st.text(max_size=60),
     st.text('<|>/end answer', max_size=40),
-    st.sampled_from(['<|endoftext|>', '\x00', '\u200b', '\U0001f600' * 9, 'a' * 3000, ' \t\n', 'İ', 'ß']),
+    st.sampled_from(
+        ['<|endoftext|>', '\x00', '\u200b', '\U0001f600' * 9, 'a' * 3000, ' \t\n', 'İ', 'ß']
+    ),
 )
 
 
@@ -102,7 +106,12 @@ def test_any_picture_file_is_read_or_refused(tmp_path_factory, content):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**13), 10**13) | st.integers(1, 64) | st.floats() | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**13), 10**13)
+    | st.integers(1, 64)
+    | st.floats()
+    | st.text(max_size=8),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
     max_leaves=6,
 )
@@ -129,7 +138,11 @@ def test_any_meta_in_a_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory,
     check(tmp_path_factory, altered(bytes_of, lambda meta: meta.update({key: value})))
 
 
-@fuzz(25, st.lists(st.tuples(st.integers(0, 600), st.binary(max_size=3)), min_size=1, max_size=3), st.integers(0, 9))
+@fuzz(
+    25,
+    st.lists(st.tuples(st.integers(0, 600), st.binary(max_size=3)), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
 def test_any_vocabulary_in_a_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory, changes, cut):
     def change(meta):
         for at, token in changes:
@@ -150,7 +163,11 @@ def check(tmp_path_factory, content: bytes):
         text.encode('a red circle'), text.decode([0, 300])
 
 
-@fuzz(30, st.integers(0, 10**6), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=3))
+@fuzz(
+    30,
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=3),
+)
 def test_any_damaged_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory, keep, holes):
     b = bytearray(bytes_of[: keep % (len(bytes_of) + 1)] if keep % 3 else bytes_of)
     for at, value in holes:
@@ -161,7 +178,10 @@ def test_any_damaged_checkpoint_is_used_or_refused(bytes_of, tmp_path_factory, k
 
 NAMES = [f.name for f in dataclasses.fields(train.Settings)]
 VALUE = st.one_of(
-    st.integers(-(10**20), 10**20).map(str), st.floats().map(str), st.text(max_size=6), st.just('9' * 5000),
+    st.integers(-(10**20), 10**20).map(str),
+    st.floats().map(str),
+    st.text(max_size=6),
+    st.just('9' * 5000),
     st.sampled_from(['0', '1', '-1', '1e400', 'nan', 'seg', 'code', 'cpu', 'True', '']),
 )
 
@@ -180,7 +200,15 @@ def test_any_command_line_is_taken_or_refused(flags):
             assert s.n_embd % s.n_head == 0 and s.tok_steps > 0
 
 
-@fuzz(30, st.lists(st.one_of(TEXT, st.sampled_from(['draw', 'ask', 'caption', 'segment', '--n', '--seed', '--cfg'])), max_size=5))
+@fuzz(
+    30,
+    st.lists(
+        st.one_of(
+            TEXT, st.sampled_from(['draw', 'ask', 'caption', 'segment', '--n', '--seed', '--cfg'])
+        ),
+        max_size=5,
+    ),
+)
 def test_any_sample_command_line_is_taken_or_refused(words):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -195,7 +223,9 @@ def test_any_sample_command_line_is_taken_or_refused(words):
 def test_any_way_of_sampling_gives_codes(run_dir, seed, temperature, top_k, cfg):
     tok, umm, text, _, _ = loaded_once(run_dir)
     g = torch.Generator().manual_seed(seed)
-    codes, plans = model.draw(umm, text, ['a red circle'], g, temperature=temperature, top_k=top_k, cfg=cfg)
+    codes, plans = model.draw(
+        umm, text, ['a red circle'], g, temperature=temperature, top_k=top_k, cfg=cfg
+    )
     assert codes.shape == (1, umm.c.grid**2) and 0 <= codes.min() and codes.max() < umm.c.codebook
 
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, then the same command again: `python -m pytest tests/test_kill.py --kills 50`.
+"""SIGKILL at random moments, then the same command: `python -m pytest tests/test_kill.py --kills 50`.
 
 And full disks: a limit on the size of a file stands in for one.
 """
@@ -17,13 +17,13 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 TRAIN = [sys.executable, str(ROOT / 'train.py'), '--preset', 'test', '--device', 'cpu', '--threads', '1']
-ARMS = [sys.executable, '-m', 'experiments.reproduce', '--preset', 'test', '--arms', 'sft,seg', '--seeds', '1',
-        '--jobs', '2', '--n', '16']  # fmt: skip
+ARMS = [sys.executable, '-m', 'experiments.reproduce', '--preset', 'test', '--arms', 'sft,seg',
+        '--seeds', '1', '--jobs', '2', '--n', '16']  # fmt: skip
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
 
 
 def killed(command, cwd, seconds) -> bool:
-    """Run a command, kill it with its children after some seconds from its first line; False: it finished."""
+    """Run a command, kill it and its children some seconds after its first line; False: it finished."""
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     with subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:  # fmt: skip
@@ -47,7 +47,9 @@ def test_a_run_killed_anywhere_resumes_to_the_same_weights(run_dir, tmp_path, re
             left -= not done
         a, b = load_file(run_dir / 'model.safetensors'), load_file(out / 'model.safetensors')
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        plain = lambda p: [{k: v for k, v in json.loads(x).items() if k not in ('seconds', 'mfu')} for x in open(p)]
+        plain = lambda p: [
+            {k: v for k, v in json.loads(x).items() if k not in ('seconds', 'mfu')} for x in open(p)
+        ]
         assert plain(run_dir / 'log.jsonl') == plain(out / 'log.jsonl')
 
 
@@ -61,7 +63,10 @@ def test_experiments_killed_anywhere_go_on(tmp_path, request):
         if not killed([*ARMS, '--out', str(tmp_path / 'cut')], tmp_path, rng.uniform(0, 12)):
             (tmp_path / 'cut').rename(tmp_path / f'cut{time.time()}')
     killed([*ARMS, '--out', str(tmp_path / 'cut')], tmp_path, 600)
-    want = {p.parent.name: json.loads(p.read_text())['scores'] for p in tmp_path.glob('whole/seed0/*/result.json')}
+    want = {
+        p.parent.name: json.loads(p.read_text())['scores']
+        for p in tmp_path.glob('whole/seed0/*/result.json')
+    }
     results = [p for p in tmp_path.glob('cut*/seed0/*/result.json')]
     assert len(want) == 3 and results
     for p in results:
@@ -76,7 +81,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, limit, request):
     if limit == 300 and request.config.getoption('--kills') < 2:
         pytest.skip('with --kills 2 or more')
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    p = subprocess.run([*TRAIN, '--out', 'run'], cwd=tmp_path, preexec_fn=small, capture_output=True, text=True)
+    p = subprocess.run(
+        [*TRAIN, '--out', 'run'], cwd=tmp_path, preexec_fn=small, capture_output=True, text=True
+    )
     errors = [x for x in p.stderr.splitlines() if x.startswith('error: ')]
     assert p.returncode == 2 and len(errors) == 1 and 'Traceback' not in p.stderr
     assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.safetensors'))

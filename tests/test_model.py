@@ -180,7 +180,9 @@ def test_cached_generation_equals_uncached(umm, picture, cfg, logits):
         full.turn = torch.full_like(s.turn, -1)
         u = umm.pixel_head(umm.hidden(full)[:, -16:])
         want = u + cfg * (want - u)
-    assert torch.allclose(torch.stack(logits, 1), want, atol=2e-4) and torch.equal(codes, want.argmax(-1))
+    assert torch.allclose(torch.stack(logits, 1), want, atol=2e-4) and torch.equal(
+        codes, want.argmax(-1)
+    )
 
 
 def test_cached_answers_equal_uncached(umm, logits):
@@ -207,7 +209,7 @@ def test_draw_continues_the_prompt_and_its_plan(umm, monkeypatch):
     s = data.pack(text, [[('x', 'a ring')], [('yy', 'two red squares')]])
     assert torch.equal(codes, m.generate(s, temperature=0)) and plans == ['a ring', 'two red squares']
     s.codes = codes
-    assert torch.equal(codes, m.pixel_head(m.hidden(s)[:, -codes.shape[1]:]).argmax(-1))
+    assert torch.equal(codes, m.pixel_head(m.hidden(s)[:, -codes.shape[1] :]).argmax(-1))
 
 
 def test_losses_are_per_head_means_and_start_at_ln_of_the_vocabulary():
@@ -238,7 +240,10 @@ def test_loss_against_naive_cross_entropy(umm):
 
 def test_text_embedding_against_naive_code(umm):
     """A token hears the three before it, of its own turn only."""
-    text, turn = torch.randint(umm.c.vocab, (2, 9)), torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, -1], [1, 2, 2, 2, 2, 2, 2, -1, -1]])
+    text, turn = (
+        torch.randint(umm.c.vocab, (2, 9)),
+        torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, -1], [1, 2, 2, 2, 2, 2, 2, -1, -1]]),
+    )
     got = umm.embed_text(text, turn)
     for b in range(2):
         for i in range(9):
@@ -250,7 +255,7 @@ def test_text_embedding_against_naive_code(umm):
 
 
 def test_a_block_against_naive_code(umm):
-    """RMSNorm, query-key norm, 2-D rotary positions, attention, squared ReLU, written out position by position."""
+    """RMSNorm, query-key norm, 2-D rotary positions, attention, squared ReLU, by position."""
     block, C, H = umm.blocks[1].double(), 32, 2
     x, at = torch.randn(1, 5, C, dtype=torch.double), torch.randint(20, (1, 5, 2))
     mask = torch.full((5, 5), -1e4, dtype=torch.double).triu(1)[None, None]

@@ -15,12 +15,17 @@ from folder import Folder
 
 @pytest.fixture
 def pets(tmp_path):
-    """images.tar.gz and annotations.tar.gz as the Oxford site serves them: 20 trainval and 4 test pictures."""
+    """images.tar.gz and annotations.tar.gz as Oxford serves them: 20 trainval and 4 test pictures."""
     root = tmp_path / 'downloads'
     root.mkdir()
     rng = np.random.default_rng(0)
-    lines = [f'{"Abyssinian" if i % 2 else "great_pyrenees"}_{i} {1 + i % 2} {2 - i % 2} 1' for i in range(24)]
-    with tarfile.open(root / 'images.tar.gz', 'w:gz') as images, tarfile.open(root / 'annotations.tar.gz', 'w:gz') as notes:
+    lines = [
+        f'{"Abyssinian" if i % 2 else "great_pyrenees"}_{i} {1 + i % 2} {2 - i % 2} 1' for i in range(24)
+    ]
+    with (
+        tarfile.open(root / 'images.tar.gz', 'w:gz') as images,
+        tarfile.open(root / 'annotations.tar.gz', 'w:gz') as notes,
+    ):
 
         def add(tar, name, content):
             info = tarfile.TarInfo(name)
@@ -34,7 +39,11 @@ def pets(tmp_path):
 
         for i, line in enumerate(lines):
             name = line.split()[0]
-            add(images, f'images/{name}.jpg', picture(rng.integers(0, 255, (40, 60, 3)).astype(np.uint8), 'JPEG'))
+            add(
+                images,
+                f'images/{name}.jpg',
+                picture(rng.integers(0, 255, (40, 60, 3)).astype(np.uint8), 'JPEG'),
+            )
             trimap = np.full((40, 60), 2, np.uint8)
             if i != 5:  # as in the original, a picture without a pet pixel
                 trimap[9:31, 4:26], trimap[10:30, 5:25] = 3, 1
@@ -48,12 +57,20 @@ def test_pets(pets, tmp_path, capsys):
     prepare.main(['pets', str(pets), str(tmp_path / 'out'), '--side', '30'])
     assert '18 train, 2 validation, 4 test' in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ['downloads', 'out']  # nothing temporary stays
-    rows = [json.loads(x) for s in prepare.SPLITS for x in (tmp_path / 'out' / s / 'metadata.jsonl').read_text().splitlines()]
+    rows = [
+        json.loads(x)
+        for s in prepare.SPLITS
+        for x in (tmp_path / 'out' / s / 'metadata.jsonl').read_text().splitlines()
+    ]
     row = next(r for r in rows if 'great pyrenees' in r['caption'] and r['objects'])
     assert row['caption'] == 'a small great pyrenees dog on the left'
     assert row['objects'] == [{'name': 'great pyrenees dog', 'bbox': [2.5, 5.0, 12.5, 15.0]}]
     answers = {q['type']: q['answer'] for q in row['qa']}
-    assert answers['species'] == 'dog' and answers['position'] == 'left' and answers['breed'] == 'great pyrenees'
+    assert (
+        answers['species'] == 'dog'
+        and answers['position'] == 'left'
+        and answers['breed'] == 'great pyrenees'
+    )
     world = Folder(tmp_path / 'out', 16)
     assert set(world.maps) == {'seg', 'edge'} and world.captions
     assert set(world.scenes('test', 0, 4)[1].classes.unique().tolist()) == {0, 1, 255}
@@ -66,7 +83,9 @@ def coco(tmp_path):
     rng = np.random.default_rng(0)
     images, notes, captions = [], [], []
     for i in range(20):
-        Image.fromarray(rng.integers(0, 255, (40, 60, 3)).astype(np.uint8)).save(root / 'pictures' / f'{i}.jpg')
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3)).astype(np.uint8)).save(
+            root / 'pictures' / f'{i}.jpg'
+        )
         images.append({'id': i, 'file_name': f'{i}.jpg', 'width': 60, 'height': 40})
         runs = [40 * 40 + 4, 8, 32, 8, 2400 - 40 * 40 - 52]  # two columns of eight pixels at x = 40
         notes += [
@@ -76,9 +95,20 @@ def coco(tmp_path):
              'segmentation': {'counts': runs, 'size': [40, 60]}},
         ]  # fmt: skip
         captions.append({'image_id': i, 'caption': 'A Dog near a cup. '})
-    notes.append({'image_id': 0, 'category_id': 9, 'iscrowd': 1, 'area': 9, 'bbox': [50, 30, 5, 5], 'segmentation': {}})
+    notes.append(
+        {
+            'image_id': 0,
+            'category_id': 9,
+            'iscrowd': 1,
+            'area': 9,
+            'bbox': [50, 30, 5, 5],
+            'segmentation': {},
+        }
+    )
     kinds = [{'id': 7, 'name': 'dog'}, {'id': 9, 'name': 'cup'}, {'id': 11, 'name': 'kite'}]
-    (root / 'instances_val2017.json').write_text(json.dumps({'images': images, 'annotations': notes, 'categories': kinds}))
+    (root / 'instances_val2017.json').write_text(
+        json.dumps({'images': images, 'annotations': notes, 'categories': kinds})
+    )
     (root / 'captions_val2017.json').write_text(json.dumps({'annotations': captions}))
     return root
 
@@ -91,11 +121,15 @@ def test_coco(coco, tmp_path, capsys):
     assert {o['name'] for o in rows[1]['objects']} == {'dog', 'cup'}
     types = {q['type']: q for q in rows[1]['qa']}
     assert types.keys() >= {'exist', 'count', 'position', 'relation', 'larger'}
-    assert types['relation']['answer'] == ('left' if types['relation']['question'].startswith('Is the dog') else 'right')
+    assert types['relation']['answer'] == (
+        'left' if types['relation']['question'].startswith('Is the dog') else 'right'
+    )
     assert types['larger']['answer'] == 'dog'
     mask = np.array(Image.open(tmp_path / 'out/train' / rows[0]['mask']))
     names = json.loads((tmp_path / 'out/classes.json').read_text())['mask_classes']
-    assert (mask[12:28, 4:20] == names.index('dog')).all() and (mask[4:12, 40:42] == names.index('cup')).all()
+    assert (mask[12:28, 4:20] == names.index('dog')).all() and (
+        mask[4:12, 40:42] == names.index('cup')
+    ).all()
     assert (mask == names.index('cup')).sum() == 16 and (mask[31:34, 51:54] == 255).all()
     assert Folder(tmp_path / 'out', 16).kinds == ('count', 'exist', 'larger', 'position', 'relation')
 
@@ -125,14 +159,16 @@ def test_bad_downloads_are_named_and_nothing_is_written(tmp_path, pets):
 
 
 def test_exports_with_splits_in_folders_and_equal_names(coco, tmp_path):
-    """As Roboflow writes them: train, valid and test, each with its file of annotations and its own 0.jpg."""
+    """As Roboflow writes them: train, valid and test, each with its annotations and its own 0.jpg."""
     d = json.loads((coco / 'instances_val2017.json').read_text())
     root = tmp_path / 'export'
     for k, split in enumerate(('train', 'valid', 'test')):
         (root / split).mkdir(parents=True)
         (root / split / '_annotations.coco.json').write_text(json.dumps(d))
         for im in d['images']:
-            Image.new('RGB', (60, 40), (80 * k, im['id'], 0)).save(root / split / im['file_name'].replace('jpg', 'png'))
+            Image.new('RGB', (60, 40), (80 * k, im['id'], 0)).save(
+                root / split / im['file_name'].replace('jpg', 'png')
+            )
             im['file_name'] = im['file_name'].replace('jpg', 'png')
         (root / split / '_annotations.coco.json').write_text(json.dumps(d))
     prepare.main(['coco', str(root), str(tmp_path / 'out')])
@@ -140,17 +176,30 @@ def test_exports_with_splits_in_folders_and_equal_names(coco, tmp_path):
         rows = (tmp_path / 'out' / split / 'metadata.jsonl').read_text().splitlines()
         assert len(rows) == 20
         for row in rows:
-            assert Image.open(tmp_path / 'out' / split / json.loads(row)['file_name']).getpixel((0, 0))[0] == 80 * k
+            assert (
+                Image.open(tmp_path / 'out' / split / json.loads(row)['file_name']).getpixel((0, 0))[0]
+                == 80 * k
+            )
 
 
 def test_annotations_without_pictures_and_with_errors(coco, tmp_path, capsys):
     d = json.loads((coco / 'instances_val2017.json').read_text())
-    more = d | {'images': [{'id': 900 + i, 'file_name': f'none{i}.jpg', 'width': 9, 'height': 9} for i in range(5)]}
-    (coco / 'instances_train2017.json').write_text(json.dumps(more))  # as in the official zip beside val2017
+    more = d | {
+        'images': [
+            {'id': 900 + i, 'file_name': f'none{i}.jpg', 'width': 9, 'height': 9} for i in range(5)
+        ]
+    }
+    (coco / 'instances_train2017.json').write_text(
+        json.dumps(more)
+    )  # as in the official zip beside val2017
     prepare.main(['coco', str(coco), str(tmp_path / 'out')])
     assert '5 of 5 pictures are not there' in capsys.readouterr().out
     (coco / 'instances_train2017.json').unlink()
-    for wrong in ({'bbox': [1]}, {'segmentation': [[1.0]]}, {'segmentation': {'counts': [3], 'size': [40, 60]}}):
+    for wrong in (
+        {'bbox': [1]},
+        {'segmentation': [[1.0]]},
+        {'segmentation': {'counts': [3], 'size': [40, 60]}},
+    ):
         bad = json.loads(json.dumps(d))
         bad['annotations'][4] |= wrong
         (coco / 'instances_val2017.json').write_text(json.dumps(bad))

@@ -1,4 +1,4 @@
-"""The experiments: probes, attention and statistics against naive code; arms that differ in the target only."""
+"""The experiments: probes, attention and statistics against naive code; arms differ in targets only."""
 
 import hashlib
 import json
@@ -23,7 +23,11 @@ def trained(run_dir):
 
 def test_ridge_is_least_squares_with_a_penalty():
     g = torch.Generator().manual_seed(0)
-    X, y, X_test = torch.randn(80, 5, generator=g), torch.randint(3, (80,), generator=g), torch.randn(30, 5)
+    X, y, X_test = (
+        torch.randn(80, 5, generator=g),
+        torch.randint(3, (80,), generator=g),
+        torch.randn(30, 5),
+    )
     A = torch.cat([(X - X.mean(0)) / (X.std(0) + 1e-6), torch.ones(80, 1)], 1).double()
     extra = (1e-2 * 80) ** 0.5 * torch.eye(6, dtype=torch.double)  # ridge = more rows, all zero
     Y = torch.cat([torch.nn.functional.one_hot(y).double(), torch.zeros(6, 3, dtype=torch.double)])
@@ -86,13 +90,20 @@ def test_attention_shares_sum_to_one(trained):
 
 def test_words_and_tokens_line_up(trained):
     text = trained[2].text
-    for line in ('a red circle, a blue ring and a green cross', 'top left a red circle, bottom right a ring'):
+    for line in (
+        'a red circle, a blue ring and a green cross',
+        'top left a red circle, bottom right a ring',
+    ):
         assert [t for w in line.split() for t in text.encode(w)] == text.encode(line)
         kinds = reproduce.buckets(text, line)
         assert len(kinds) == len(text.encode(line))
         assert all((k == 'other') >= (text.decode([t]) == ',') for k, t in zip(kinds, text.encode(line)))
     assert [reproduce.bucket(w) for w in 'top red ring, squares with'.split()] == [
-        'position', 'colour', 'object', 'object', 'other',
+        'position',
+        'colour',
+        'object',
+        'object',
+        'other',
     ]
 
 
@@ -109,10 +120,14 @@ def test_statistics_against_known_values():
 @pytest.mark.parametrize(
     'low, high, no_change, want',
     [
-        (0.01, 0.05, False, 'reproduced'), (-0.05, -0.01, False, 'opposite'),
-        (-0.01, 0.01, False, 'not reproduced'), (-0.01, 0.05, False, 'undecided'),
-        (-0.01, 0.01, True, 'reproduced'), (0.03, 0.05, True, 'not reproduced'),
-        (-0.01, 0.05, True, 'undecided'), (None, None, False, 'undecided'),
+        (0.01, 0.05, False, 'reproduced'),
+        (-0.05, -0.01, False, 'opposite'),
+        (-0.01, 0.01, False, 'not reproduced'),
+        (-0.01, 0.05, False, 'undecided'),
+        (-0.01, 0.01, True, 'reproduced'),
+        (0.03, 0.05, True, 'not reproduced'),
+        (-0.01, 0.05, True, 'undecided'),
+        (None, None, False, 'undecided'),
     ],
 )
 def test_verdicts_follow_the_rule(low, high, no_change, want):
@@ -120,7 +135,18 @@ def test_verdicts_follow_the_rule(low, high, no_change, want):
 
 
 def plan(tmp_path, **how):
-    a = dict(out=tmp_path, preset='test', data='', skip_bad=False, steps=0, device='cpu', threads=1, n=16, jobs=1, seeds=1)
+    a = dict(
+        out=tmp_path,
+        preset='test',
+        data='',
+        skip_bad=False,
+        steps=0,
+        device='cpu',
+        threads=1,
+        n=16,
+        jobs=1,
+        seeds=1,
+    )
     return types.SimpleNamespace(**a | how)
 
 
@@ -132,7 +158,9 @@ def arms(tmp_path_factory):
 
     class Hashed(given):
         def note(self, kind, found, text=True):
-            for t in [x for x in vars(found).values() if isinstance(x, torch.Tensor)][: None if text else 0]:
+            for t in [x for x in vars(found).values() if isinstance(x, torch.Tensor)][
+                : None if text else 0
+            ]:
                 seen[self.arm].setdefault(kind, hashlib.sha256()).update(t.numpy().tobytes())
 
         def questions(self, split, *args, **how):
@@ -180,7 +208,7 @@ def test_arms_differ_in_nothing_but_the_target(arms):
 
 def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypatch, capsys):
     out, _ = arms
-    monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', None)  # would fail if anything were left to run
+    monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', None)  # fails if anything is left to run
     monkeypatch.setattr(report, 'figures', lambda *a: None)
     results = {p: p.read_bytes() for p in out.glob('seed*/*/result.json')}
     assert len(results) == 5
@@ -199,13 +227,22 @@ def test_cosine_of_gradients(arms, monkeypatch, capsys):
     """Against autograd.grad of the summed loss; with themselves the questions' gradients agree fully."""
     monkeypatch.setattr(cosine, 'BATCHES', 2), monkeypatch.setattr(cosine, 'PICTURES', 4)
     runs, real = [], train.umm_losses
-    monkeypatch.setattr(train, 'umm_losses', lambda run, step, *how: (runs.append(run), real(run, step % 2, *how))[1])
+    monkeypatch.setattr(
+        train, 'umm_losses', lambda run, step, *how: (runs.append(run), real(run, step % 2, *how))[1]
+    )
     got = cosine.cosines(arms[0] / 'seed0' / 'base' / 'pretrained.safetensors')
-    assert got.keys() == {'questions', *reproduce.PROXY_ARMS} and got['questions'] == pytest.approx([1, 1], abs=1e-5)
+    assert got.keys() == {'questions', *reproduce.PROXY_ARMS} and got['questions'] == pytest.approx(
+        [1, 1], abs=1e-5
+    )
     run = runs[-1]
     run.s.proxy, parts = 'edge', list(run.umm.blocks.parameters())
     a, b = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(real(run, 0, *n)['loss'] + real(run, 1, *n)['loss'], parts)])
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(real(run, 0, *n)['loss'] + real(run, 1, *n)['loss'], parts)
+            ]
+        )
         for n in ((4, 0, 0), (0, 0, 4))
     )
     assert got['edge'][-1] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-5)
@@ -235,12 +272,19 @@ def test_a_killed_arm_resumes_to_the_same_scores(arms, tmp_path):
     assert want['scores'] == got['scores'] and want['log'] == got['log']
 
 
-def test_sweeps_name_real_arms_and_are_drawn(tmp_path):
+def test_sweeps_name_real_arms_and_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib').use('Agg')
     arms = {arm for panel in report.SWEEPS.values() for arm in panel.values()}
-    assert arms <= reproduce.ARMS.keys() and {report.baseline(arm) for arm in arms} <= reproduce.ARMS.keys()
+    assert (
+        arms <= reproduce.ARMS.keys() and {report.baseline(arm) for arm in arms} <= reproduce.ARMS.keys()
+    )
     at = lambda x: {'scores': {'understanding': {'mean': {'value': x}}}}
-    report.sweeps(tmp_path, {'sft': {0: at(0.5), 1: at(0.6)}, 'seg': {0: at(0.7), 1: at(0.7)}, 'ratio-1': {1: at(0.6)}})
+    drawn = []  # a panel shows the seeds that all its arms have
+    real = report.difference
+    monkeypatch.setattr(report, 'difference', lambda *a: drawn.append(real(*a)) or drawn[-1])
+    found = {'sft': {0: at(0.5), 1: at(0.6)}, 'seg': {0: at(0.7), 1: at(0.7)}, 'ratio-1': {1: at(0.6)}}
+    report.sweeps(tmp_path, found)
+    assert [e['n'] for e in drawn] == [1, 1, 1]
     assert (tmp_path / 'sweeps.png').stat().st_size > 1000
 
 
@@ -260,3 +304,24 @@ def test_unknown_arms_and_empty_folders_are_named(tmp_path):
         reproduce.main(['--arms', 'sge'])
     with pytest.raises(UserError, match='no finished arm'):
         report.report(tmp_path)
+    for seed in (0, 1):
+        (folder := tmp_path / f'seed{seed}' / 'seg').mkdir(parents=True)
+        r = {'arm': 'seg', 'seed': seed, 'plan': [seed], 'scores': {'understanding': {}}}
+        (folder / 'result.json').write_text(json.dumps(r))
+    with pytest.raises(UserError, match='mixes seg'):
+        report.report(tmp_path)
+
+
+def test_a_claim_of_no_change_is_no_difference_that_survives():
+    run = lambda mean, reason: {
+        'scores': {'understanding': {'mean': {'value': mean}, 'reason': {'value': reason}}},
+        'log': [],
+        'steps': 4,
+    }
+    found = {
+        'sft': {seed: run(0.5 + seed / 100, 0.5) for seed in range(3)},
+        'seg': {seed: run(0.7 + seed / 99, 0.6 + seed / 1000) for seed in range(3)},
+    }
+    rows = {r['paper'] == '0': r for r in report.claims_of(found)}
+    assert (rows[True]['verdict'], rows[True]['survives_holm']) == ('not reproduced', False)
+    assert (rows[False]['verdict'], rows[False]['survives_holm']) == ('reproduced', True)

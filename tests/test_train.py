@@ -1,27 +1,18 @@
 """Training: optimizer, resume to the same bits, checkpoints, settings."""
 
-import dataclasses
 import json
-import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEST, leave_out, weights
 
 import data
 import model
 import optim
 import train
 from data import UserError
-
-TEST = ['--preset', 'test', '--device', 'cpu', '--threads', '1']
-
-
-def weights(path):
-    return model.load(path)[3]
 
 
 def test_muon_orthogonalizes():
@@ -86,12 +77,6 @@ def test_main_job_leaves_everything(run_dir):
             )
 
 
-def leave_out(monkeypatch, *names):
-    """These measurements of eval.py find nothing: for tests of training alone."""
-    for name in names:
-        monkeypatch.setattr(train.evaluation, name, lambda *a, **k: {})
-
-
 @pytest.mark.parametrize('stage,step', [('tokenizer', 4), ('pretrain', 4), ('posttrain', 4)])
 def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch):
     """A run killed in the middle of any stage and resumed equals the run that was never interrupted."""
@@ -118,7 +103,8 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch)
     a, b = weights(run_dir / 'model.safetensors'), weights(out / 'model.safetensors')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     drop = lambda p: [
-        {k: v for k, v in json.loads(x).items() if k not in ('seconds', 'mfu')} for x in p.read_text().splitlines()
+        {k: v for k, v in json.loads(x).items() if k not in ('seconds', 'mfu')}
+        for x in p.read_text().splitlines()
     ]
     assert drop(run_dir / 'log.jsonl') == drop(out / 'log.jsonl')
 
@@ -139,11 +125,20 @@ train.data.guard(train.main)
 """
 
 
-def test_two_processes_are_one_and_a_run_goes_on_with_another_number_of_them(run_dir, tmp_path, monkeypatch):
+def test_two_processes_are_one_and_a_run_goes_on_with_another_number_of_them(
+    run_dir, tmp_path, monkeypatch
+):
     """Begun in this process, continued by torchrun with two gloo processes until one of them is told to
     stop, finished in this process: the same losses and files as in one go."""
     (tmp_path / 'main.py').write_text(TORCHRUN.format(root=str(ROOT)))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'main.py']
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        'main.py',
+    ]
     flags, real = [*TEST, '--out', str(tmp_path / 'run')], train.umm_losses
     leave_out(monkeypatch, 'evaluate', 'report')
 
@@ -160,9 +155,10 @@ def test_two_processes_are_one_and_a_run_goes_on_with_another_number_of_them(run
     assert done.stdout.count('parameters:') == done.stdout.count('device:') == 1
     train.main([*flags, '--resume'])
     one, two = ([json.loads(x) for x in open(d / 'log.jsonl')] for d in (run_dir, tmp_path / 'run'))
-    losses = lambda line: {k: v for k, v in line.items() if isinstance(v, float) and k[:2] != 'H_'} | {
-        k: 0.0 for k in ('seconds', 'mfu')
-    }
+    losses = lambda line: (
+        {k: v for k, v in line.items() if isinstance(v, float) and k[:2] != 'H_'}
+        | {k: 0.0 for k in ('seconds', 'mfu')}
+    )
     for a, b in zip(one, two, strict=True):
         assert (a['stage'], a['step']) == (b['stage'], b['step'])
         assert losses(a) == pytest.approx(losses(b), rel=1e-3)
@@ -218,7 +214,9 @@ def test_mixture_is_what_the_settings_say():
     """Pictures drawn from the world in a step: 2 with a proxy map for 1 with questions, by default."""
     run = tiny_run()
     s = run.s
-    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask), s.w_text, s.w_draw)
+    losses = train.umm_losses(
+        run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask), s.w_text, s.w_draw
+    )
     counts = {k: v[0][0][2] for k, v in run.world.given.items()}
     assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
     pixel = s.w_draw * losses['draw'] + s.w_proxy * losses['seg']
@@ -237,7 +235,9 @@ def test_parts_of_processes_add_up_to_the_whole_batch(monkeypatch, ranks):
         losses['loss'].backward()
         grads = [p.grad for p in run.umm.parameters()]
         run.umm.zero_grad()
-        return {k: v.item() for k, v in losses.items()}, [torch.zeros(1) if g is None else g for g in grads]
+        return {k: v.item() for k, v in losses.items()}, [
+            torch.zeros(1) if g is None else g for g in grads
+        ]
 
     whole, parts = step(), []
     for rank in range(ranks):
@@ -283,11 +283,15 @@ def test_frozen_keeps_the_proxy_off_the_trunk_and_only_that():
 
 def test_first_gives_the_same_amounts_in_another_order(monkeypatch):
     seen = {}
-    monkeypatch.setattr(train, 'loop', lambda run, stage, model, loss_of, steps, *a: [loss_of(i) for i in range(steps)])
+    monkeypatch.setattr(
+        train, 'loop', lambda run, stage, model, loss_of, steps, *a: [loss_of(i) for i in range(steps)]
+    )
     for control in ('none', 'first'):
         run = seen[control] = []
         late = lambda n, how: n[0] * how['late']  # pictures asked about with the later questions
-        monkeypatch.setattr(train, 'umm_losses', lambda r, step, *n, **how: run.append((*n[:3], late(n, how))))
+        monkeypatch.setattr(
+            train, 'umm_losses', lambda r, step, *n, **how: run.append((*n[:3], late(n, how)))
+        )
         train.posttrain(tiny_run('--control', control, '--post_steps', '8'))
         assert [n[3] > 0 for n in run] == sorted(n[3] > 0 for n in run) and run[-1][3]
     mixed, first = ([sum(n[k] for n in run) for k in range(4)] for run in seen.values())
@@ -308,158 +312,3 @@ def test_posttraining_from_another_runs_checkpoint(run_dir, tmp_path):
     with pytest.raises(UserError, match='no checkpoint'):  # and what was there stays
         train.main([*TEST, '--init', 'none', '--out', str(tmp_path / 'a'), '--overwrite'])
     assert (tmp_path / 'a' / 'model.safetensors').exists() and not (tmp_path / 'b').exists()
-
-
-def test_every_setting_is_a_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit) as e:
-        train.parse(['-h'])
-    text = ' '.join(capsys.readouterr().out.split())
-    assert e.value.code == 0
-    for f in dataclasses.fields(train.Settings):
-        assert f'--{f.name} ' in text and f'(default {f.default!r})' in text, f.name
-        if isinstance(f.default, bool):
-            assert getattr(train.parse(['--preset', 'cpu', f'--{f.name}']), f.name) is True
-            assert getattr(train.parse(['--preset', 'cpu', f'--no-{f.name}']), f.name) is False
-    assert train.parse(['--preset', 'test', '--n_layer', '3']).n_layer == 3
-
-
-@pytest.mark.parametrize(
-    'flags,named',
-    [
-        (['--proxy', 'sge'], 'sge'),
-        (['--quantizer', 'lfq'], 'lfq'),
-        (['--image_input', 'x'], 'image_input'),
-        (['--preset', 'tpu'], 'tpu'),
-        (['--tok_steps', '0'], 'tok_steps'),
-        (['--lr', 'nan'], 'lr'),
-        (['--lr', '-1'], 'lr'),
-        (['--size', '30'], '--size is 30'),
-        (['--n_embd', '50'], 'n_embd'),
-        (['--drop', '2'], 'drop'),
-        (['--seed', '-1'], 'seed'),
-        (['--seed', str(2**64)], 'seed'),
-        (['--device', 'tpu'], 'tpu'),
-        (['--codebook', '100', '--quantizer', 'fsq'], '100'),
-    ],
-)
-def test_impossible_settings_are_named(tmp_path, monkeypatch, flags, named):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=named):
-        train.main(flags)
-    assert not list(tmp_path.iterdir())  # nothing was written
-
-
-@pytest.mark.skipif(not hasattr(os, 'sysconf'), reason='asks for the size of the memory')
-@pytest.mark.parametrize('gb, warned', [(4, True), (400, False)])
-def test_a_preset_that_does_not_fit_says_so(monkeypatch, capsys, gb, warned):
-    size = {'SC_PHYS_PAGES': gb * 10**9 // 4096, 'SC_PAGE_SIZE': 4096}
-    monkeypatch.setattr(os, 'sysconf', size.get)
-    train.parse(['--preset', 'gpu'])
-    assert ('warning: a step may need' in capsys.readouterr().out) == warned
-    train.parse(['--preset', 'cpu'])
-    assert not capsys.readouterr().out
-
-
-def test_a_run_is_never_lost_by_accident(run_dir):
-    before = (run_dir / 'model.safetensors').read_bytes()
-    with pytest.raises(UserError, match='--resume'):
-        train.main([*TEST, '--out', str(run_dir)])
-    with pytest.raises(UserError, match='n_layer is 2 here, 1 there'):
-        train.main([*TEST, '--out', str(run_dir), '--resume', '--n_layer', '2'])
-    assert (run_dir / 'model.safetensors').read_bytes() == before
-
-
-def test_resume_without_a_run(tmp_path):
-    with pytest.raises(UserError, match='nothing to resume'):
-        train.main([*TEST, '--out', str(tmp_path / 'none'), '--resume'])
-
-
-def test_unwritable_run_folder(tmp_path, capsys):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(SystemExit) as e:
-        data.guard(lambda: train.main([*TEST, '--out', str(tmp_path / 'file' / 'run')]))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count('\n') == 1 and 'file/run' in err and '--out' in err
-
-
-def test_a_bug_says_that_it_is_one(capsys):
-    with pytest.raises(ZeroDivisionError):
-        data.guard(lambda: 1 / 0)
-    assert 'bug in nanoUMM' in capsys.readouterr().err
-
-
-def test_nan_stops_at_once_with_the_step(tmp_path):
-    with pytest.raises(UserError, match='step [0-9]+: gradient is not finite'):
-        train.main(
-            [
-                *TEST,
-                '--out',
-                str(tmp_path / 'run'),
-                '--lr',
-                '1e18',
-                '--muon_lr',
-                '1e18',
-                '--tok_lr',
-                '1e18',
-            ]
-        )
-
-
-def test_a_loss_above_a_guess_and_a_collapsed_codebook_warn(tmp_path, capsys, monkeypatch):
-    leave_out(monkeypatch, 'evaluate', 'report')
-    monkeypatch.setattr(train.evaluation, 'tokenizer', lambda *a: {'used': 0.1})
-    train.main([*TEST, '--out', str(tmp_path / 'run'), '--lr', '1', '--muon_lr', '1', '--clip', '1e6'])
-    said = capsys.readouterr().out
-    assert 'worse than a uniform guess' in said and 'codebook has collapsed' in said and 'a uniform guess: 6.24 nats a text token, 4.16 a code' in said
-
-
-def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
-    tensors = weights(run_dir / 'model.safetensors')
-    path = tmp_path / 'm.safetensors'
-    model.save(path, tensors, {'a': 1})
-    before = path.read_bytes()
-
-    def full(*args, **kw):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(model.os, 'fsync', full)
-    with pytest.raises(UserError, match='No space left'):
-        model.save(path, tensors, {'a': 2})
-    assert path.read_bytes() == before and not list(tmp_path.glob('*.part'))
-
-
-def test_hostile_checkpoints_give_one_clear_line(run_dir, tmp_path):
-    good = (run_dir / 'model.safetensors').read_bytes()
-    tensors, path = weights(run_dir / 'model.safetensors'), tmp_path / 'bad.safetensors'
-    for n in (0, 7, 8, 100, *range(1024, len(good), 1024), len(good) - 1):
-        path.write_bytes(good[:n])
-        with pytest.raises(UserError, match='not a whole nanoUMM checkpoint'):
-            model.load(path)
-    meta = model.load(run_dir / 'model.safetensors')[4]
-    for change, message in (
-        ({'n_embd': 10**12}, 'impossible'),
-        ({'n_layer': 2}, 'missing'),
-        ({'vocab': 9}, 'impossible'),
-        ({'n_embd': 64}, 'misshapen'),
-        ({'size': '16'}, 'impossible'),
-        ({'vq_depth': 10**5}, 'impossible'),
-        ({'vq_width': 12}, 'impossible'),
-        ({'size': 2**14}, 'impossible'),
-    ):
-        model.save(path, tensors, {**meta, 'config': {**meta['config'], **change}})
-        with pytest.raises(UserError, match=message):
-            model.load(path)
-    model.save(path, {**tensors, 'umm.row': tensors['umm.row'] * math.nan}, meta)
-    with pytest.raises(UserError, match='not finite'):
-        model.load(path)
-    model.save(path, {**tensors, 'umm.row': tensors['umm.row'].double()}, meta)
-    with pytest.raises(UserError, match='umm.row'):
-        model.load(path)
-    model.save(path, {**tensors, '../../evil': torch.ones(2)}, meta)  # a name is never a path
-    model.load(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.safetensors']
-    model.save(path, tensors, {'hello': 1})
-    with pytest.raises(UserError, match='not a whole'):
-        model.load(path)
-    with pytest.raises(UserError, match='no checkpoint'):
-        model.load(tmp_path / 'none')
