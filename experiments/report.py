@@ -197,18 +197,18 @@ def report(out: Path):
              table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'),
                    [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
                      c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
-    for title in ('Understanding', 'Generation', 'Segmentation'):
-        first, rows = title.lower(), []
+    for title in ('Understanding', 'Generation', 'Segmentation', 'Probe', 'Attention'):
+        first, rows, layer = title.lower(), [], ('last',) * (title in ('Probe', 'Attention'))
         if not (names := names_of(found, first)):
             continue
         for arm, by_seed in found.items():
-            values = [[look_up(r, (first, k)) for r in by_seed.values()] for k in names]
+            values = [[look_up(r, (first, k, *layer)) for r in by_seed.values()] for k in names]
             if None not in values[0]:
                 rows.append([arm, len(by_seed),
                              *(f'{np.mean([x for x in v if x is not None]):.3f}'
                                if any(x is not None for x in v) else '-' for v in values),
-                             points(difference(found, arm, baseline(arm), (first, names[0])))])
-        parts.append(f'\n# {title}: mean over seeds, test split\n\n' +
+                             points(difference(found, arm, baseline(arm), (first, names[0], *layer)))])
+        parts.append(f"\n# {title}{', last layer' * len(layer)}: mean over seeds, test split\n\n" +
                      table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows))
     seconds = [r['seconds'] for by_seed in found.values() for r in by_seed.values()]
     parts.append("\n\\* `sft-asked-N`, `sft-code` and `sft-long` for the `seg-` arms of these kinds.\n\n"

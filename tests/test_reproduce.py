@@ -217,6 +217,7 @@ def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypat
         report.report(out)
         tables.append((out / 'report.md').read_text())
     assert tables[0] == tables[1] and 'segmentation beats edges' in tables[0]
+    assert '# Probe, last layer' in tables[0] and 'circle/ring' in tables[0]
     claims = json.loads((out / 'claims.json').read_text())
     keys = {'claim', 'effect', 'low', 'high', 'seeds', 'paper', 'verdict'}
     assert claims and all(keys <= c.keys() for c in claims)
