@@ -71,9 +71,8 @@ def main(argv=None):
     if not 0 < n <= limit:
         raise UserError(f'the text has {n} tokens, the model reads {limit} at most: shorten it' if n else
                         'the text is empty: write what to draw or to ask')
-    image = None
-    if a.task != 'draw':
-        image = umm.inputs(tok, read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1) / 255)
+    image = None if a.task == 'draw' else umm.inputs(
+        tok, read_image(a.image, umm.c.size).to(device).repeat(a.n, 1, 1, 1) / 255)
     s = data.pack(text, [[(prompt, None)]] * a.n, image, device)
     how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k,
                generator=torch.Generator(device).manual_seed(a.seed))
@@ -82,7 +81,8 @@ def main(argv=None):
         return
     codes, plans = (umm.generate(s, **how), ()) if image is not None else \
         draw(umm, text, [prompt] * a.n, **how)
-    print(''.join(f'plan: {plan}\n' for plan in plans), end='')
+    for plan in plans:
+        print('plan:', plan)
     pictures = tok.decode(codes).permute(0, 2, 3, 1).mul(255).round().byte().cpu()
     side, S = math.ceil(a.n ** .5), max(256, umm.c.size)
     canvas = Image.new('RGB', (side * S, math.ceil(a.n / side) * S))

@@ -282,8 +282,8 @@ def sweeps(out: Path, found):
     import matplotlib.pyplot as plt
     known = found.keys() - {'sft', 'seg'}
     panels = {title: {x: a for x, a in arms.items() if a in found and baseline(a) in found}
-              for title, arms in SWEEPS.items() if known & set(arms.values())}
-    panels = {title: arms for title, arms in panels.items() if arms}
+              for title, arms in SWEEPS.items()}
+    panels = {title: arms for title, arms in panels.items() if known & set(arms.values())}
     if not panels:
         return
     fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), sharey=True,
