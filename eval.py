@@ -6,23 +6,20 @@
 Each figure is {value, low, high, n}, with a 95% interval. Test scenes are the same for every run.
 """
 import argparse
-import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
 import re
-import timeit
 from collections import Counter, defaultdict
 from pathlib import Path
 from textwrap import fill, wrap
 
+import data  # before torch: it tells OpenMP how to wait
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-import data
 from data import UserError, World
 from folder import Folder, open_world
 from model import draw, load, write
@@ -351,35 +348,10 @@ def report(scores: dict, path: Path):
     Path(f'{path}.part').write_text(json.dumps(scores, indent=1) + '\n')
     os.replace(f'{path}.part', path)
 
-def choose_device(device='auto', dtype='auto', threads=0):
-    """-> (torch.device, compute in bfloat16?); prints them and why."""
-    name = data.find_device(device).type
-    torch.set_num_threads(threads or torch.get_num_threads())
-    units = torch.cuda.is_bf16_supported(including_emulation=False) if name == 'cuda' else \
-        name == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-    bf16 = dtype == 'bfloat16' or dtype == 'auto' and units
-    why = 'asked for' if device != 'auto' else 'no GPU found' if name == 'cpu' else 'found one'
-    type_why = 'asked for' if dtype != 'auto' else 'has the units' if units else 'no bfloat16 units'
-    print(f"device: {name} ({why}), {torch.get_num_threads()} CPU threads; dtype: "
-          f"{'bfloat16' if bf16 else 'float32'} ({type_why})")
-    # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
-    # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    return torch.device(name), bf16
-
-def peak(device, bf16=False, shape=None) -> float:
-    """Measured FLOP/s, best of 9, of a large matrix product or of [n, k] @ [k, m], shape (n, k, m)."""
-    n, k, m = shape or [8192 if device.type == 'cuda' else 1024] * 3
-    a, b = (torch.ones(size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-            for size in ((n, k), (k, m)))
-    return 2 * n * k * m / min(timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=9))
-
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    run = 'out/gpu' if torch.cuda.is_available() else 'out/cpu'
-    p.add_argument('--run', default=run, help='run folder (default %(default)s)')
+    p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
@@ -388,7 +360,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.n < 16 or not 0 <= a.cfg <= 100:
         raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
-    device = choose_device(a.device)[0]
+    device = data.find_device(a.device)
     tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
     s = meta['settings']
     world = open_world(a.data or s.get('data'), umm.c.size, 0, device, text, s.get('skip_bad'))

@@ -13,10 +13,10 @@ import math
 import os
 from pathlib import Path
 
+import data  # before torch: it tells OpenMP how to wait
 import torch
 from PIL import Image
 
-import data
 from data import PROXIES, UserError
 from folder import read_image
 from model import draw, load, write

@@ -15,17 +15,15 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import data  # before torch: it tells OpenMP how to wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
 import eval as evaluation
 from data import PROXIES, Sequence, UserError
 from folder import open_world
@@ -40,7 +38,7 @@ opt = lambda default, help: field(default=default, metadata={'help': help})
 @dataclass
 class Settings:
     """The command line: each field is a flag, and its default is that of the cpu preset."""
-    preset: str = opt('auto', 'cpu, gpu, test, or auto: gpu where there is one, else cpu')
+    preset: str = opt('cpu', 'cpu: small, for a GPU too; gpu: larger, not measured yet; test: tiny')
     out: str = opt('', 'run folder; when not given: out/<preset>')
     resume: bool = opt(False, 'go on with the run in the folder')
     overwrite: bool = opt(False, 'throw away the run in the folder')
@@ -49,8 +47,8 @@ class Settings:
     init: str = opt('', 'a pretrained.safetensors to post-train, instead of the first two stages')
     seed: int = opt(0, 'seed of weights, scenes, order and questions')
     device: str = opt('auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu')
-    dtype: str = opt('auto', 'of matrix products in the transformer: float32, bfloat16 or auto')
-    threads: int = opt(0, 'CPU threads; 0: as many as cores (torchrun: 1)')
+    dtype: str = opt('auto', 'of matrix products: float32, bfloat16, or auto: the faster one here')
+    threads: int = opt(0, 'CPU threads; 0: all cores or one, the faster one here')
     size: int = opt(32, 'side of the pictures in pixels')
     codebook: int = opt(512, 'codes of the tokenizer')
     quantizer: str = opt('vq', 'vq (learned codebook) or fsq (fixed grid)')
@@ -106,8 +104,8 @@ class Run:
     """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
     guess = lambda self, k: math.log(self.umm.c.vocab if k in ('text', 'plan') else self.umm.c.codebook)
 
-    def __init__(self, s: Settings, device, bf16=False):
-        self.s, self.device, self.bf16, self.peak, self.dir = s, device, bf16, 0, Path(s.out)
+    def __init__(self, s: Settings, device):
+        self.s, self.device, self.dir = s, device, Path(s.out)
         self.stage, self.step, self.saved, self.stop, text = STAGES[0], 0, {}, False, None
         state = self.dir / 'state.safetensors'
         if s.resume and not state.exists():
@@ -120,6 +118,10 @@ class Run:
             self.stage, self.step, old = meta['stage'], meta['step'], meta['settings']
             if self.stage not in STAGES:
                 raise UserError(f'{state} is of stage {self.stage!r:.30}, not of {STAGES}: train again')
+            if s.dtype == 'auto':              # what was chosen when the run began: the same bits
+                s.dtype = old['dtype']
+            if s.threads == 0:
+                s.threads = old['threads']
             for k, v in vars(s).items():
                 if k not in ('resume', 'overwrite', 'out', 'device', 'threads') and old.get(k) != v:
                     raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
@@ -176,6 +178,79 @@ class Run:
                 like = p if t.shape == p.shape else t
                 opts[int(i)].state[p][k] = torch.empty_like(like, device=p.device).copy_(t)
 
+# ---- how fast this machine is, and in what ----
+def seconds_a_step(run: Run, dtype: str, threads: int, limit=math.inf) -> float:
+    """Time the forward and backward pass of a step of post-training: best of three, the first warms up.
+    Slower than `limit`, it is not tried again. Nothing is learned: there is no optimizer."""
+    s, best = run.s, math.inf
+    s.dtype, s.threads = dtype, threads
+    torch.set_num_threads(threads)
+    run.tok.eval()                                             # its codebook must not move
+    for _ in range(3):
+        begin = time.perf_counter()
+        losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), late=True)
+        losses['loss'].backward()
+        run.umm.source.grad.sum().item()                       # a GPU is waited for
+        run.umm.zero_grad()
+        spent = torch.tensor(time.perf_counter() - begin, device=run.device)
+        if torchrun:
+            dist.all_reduce(spent, dist.ReduceOp.MAX)          # all processes choose alike
+        best = min(best, spent.item())
+        if best > limit:
+            break
+    return best
+
+def faster(run: Run, times: dict, best: tuple, other: tuple) -> tuple:
+    """Time `other`, (dtype, threads) -> it or `best`: it has to win by a tenth, not by chance."""
+    times[other] = seconds_a_step(run, *other, limit=2 * times[best])
+    return other if times[other] < .9 * times[best] else best
+
+def settle(run: Run):
+    """Train in the type and with the number of threads in which real steps are fastest on this machine
+    now, unless they were asked for or are those that a resumed run began with: float32 or bfloat16; all
+    cores or, beside another busy program, one."""
+    s, times = run.s, {}
+    choose_dtype, choose_threads = s.dtype == 'auto', s.threads == 0
+    best = ('float32' if choose_dtype else s.dtype, s.threads or torch.get_num_threads())
+    if choose_dtype or choose_threads:
+        times[best] = seconds_a_step(run, *best)
+    if choose_threads and best[1] > 1 and run.device.type == 'cpu':
+        best = faster(run, times, best, (best[0], 1))
+    if choose_dtype:
+        best = faster(run, times, best, ('bfloat16', best[1]))
+    s.dtype, s.threads = best
+    torch.set_num_threads(s.threads)
+    timed = [f'{dtype} on {n} {seconds:.3g}' for (dtype, n), seconds in times.items()]
+    why = 'seconds a step: ' + ', '.join(timed) if timed else 'as asked for'
+    print(f'device: {run.device}, {s.dtype}, CPU threads: {s.threads} ({why})')
+    if run.device.type == 'cuda':
+        print(f'memory of a step: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB')
+
+class Pace:
+    """The seconds of a stage's steps, to notice when something else has begun to use the machine."""
+
+    def __init__(self):
+        self.recent, self.best, self.warned = [], math.inf, False
+
+    def start(self):
+        self.begin = time.perf_counter()
+
+    def stop(self):
+        self.recent.append(time.perf_counter() - self.begin)
+
+    def warning(self, threads: int) -> str:
+        """Look at the steps since the last look. Once they take twice as long as before: what to say."""
+        mean = sum(self.recent) / len(self.recent)
+        slow = mean > 2 * self.best
+        self.best, self.recent = min(self.best, mean), []
+        if self.warned or not slow:
+            return ''
+        self.warned = True
+        text = f'steps take {mean / self.best:.1f} times as long as before: is the machine busy?'
+        if threads > 1:
+            text += ' Until it is quiet, stop and --resume --threads 1 is faster (other last bits)'
+        return text
+
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: float, sample):
     """The one training loop. loss_of(step) -> {name: loss}, 'loss' is minimised; sample(run) ->
     (figures, picture). Random draws depend on (seed, stage, step) only: no generator is saved."""
@@ -183,18 +258,17 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
     if index < STAGES.index(run.stage):
         return                                        # was done before the interruption
     opts = optimizers(model.train(), lr, muon_lr)
-    begin, logged, first = time.time(), time.time(), run.step
+    begin, first, pace = time.time(), run.step, Pace()
     first and run.restore(opts)
     bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05, dynamic_ncols=True,
                disable=RANK > 0 or 'TQDM_DISABLE' in os.environ)
     for step in bar:
+        pace.start()
         torch.manual_seed(data.generator(s.seed, 'train', step * 4 + index).initial_seed())
         done, cooldown = step + 1, s.pre_cooldown if stage == 'pretrain' else s.cooldown
         rise, fall = done / max(1, s.warmup * steps), (steps - step) / max(1, cooldown * steps)
-        counting = run.peak and done % s.log_every == 0
-        with FlopCounterMode(display=False) if counting else nullcontext() as count:
-            losses = loss_of(step)
-            losses['loss'].backward()
+        losses = loss_of(step)
+        losses['loss'].backward()
         stop = exchange(model, losses, run.stop) if torchrun else run.stop
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():
@@ -204,17 +278,16 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             o.param_groups[0]['lr'] = o.defaults['lr'] * min(1, rise, fall)
             o.step()
         model.zero_grad()
+        pace.stop()
         if done % s.log_every == 0 or done == steps:
-            line, now = {k: round(v.item(), 4) for k, v in losses.items()}, time.time()
-            if count:              # model FLOP/s utilisation: share of the peak of matrix products
-                each, logged = (now - logged) / min(s.log_every, done - first), now
-                line['mfu'] = round(count.get_total_flops() / each / run.peak, 3)
+            line = {k: round(v.item(), 4) for k, v in losses.items()}
             shown = {k: v for k, v in line.items() if not k.startswith('H_')}
             bar.set_postfix(shown, refresh=False)
-            run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=now - begin)
+            run.log(stage=stage, step=done, **line, norm=norm.item(), seconds=time.time() - begin)
+            if busy := pace.warning(s.threads):
+                tqdm.write(f'warning: {stage} {done}: {busy}')
             if wild := [k for k, v in shown.items() if k != 'loss' and rise > 1 and v > run.guess(k)]:
                 tqdm.write(f'warning: {stage} {done}: {wild} worse than a uniform guess')
-        pause = time.time()
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
             model.eval()
             figures, picture = sample(run)
@@ -230,7 +303,6 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, muon_lr: f
             if stop:
                 wait()
                 raise UserError(f'stopped; saved {stage} step {done}. Go on: same command and --resume')
-        logged += time.time() - pause                  # mfu is that of training
     run.stage, run.step = (STAGES[index + 1], 0) if stage != STAGES[-1] else (stage, steps)
     run.save('state.safetensors', run.stage, run.step)
 
@@ -273,7 +345,7 @@ def umm_losses(run, step: int, ask: int, draw: int, proxies: int, w_text=1., w_d
         said, all_said = (t[t >= 0] for t in (mine.target, seq.target))
         mine.image = None if seq.image is None else umm.inputs(tok, mine.image)
         mine.codes = None if target is None else tok.encode(part(target, B))
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=s.dtype == 'bfloat16'):
             losses = umm(mine, len(hidden[RANK::RANKS]) / len(mine.text))
         for name, loss, ids, n in zip(names, losses, (said, mine.codes), (len(all_said), B * N)):
             if name and n:                    # 0: nothing is known of these pictures, or no prompt left
@@ -306,10 +378,13 @@ def pretrain(run: Run):
     loss_of = lambda step: umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)
     loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, s.muon_lr, sample_umm)
 
+def maps_a_step(run: Run) -> int:
+    """Pictures with a map to generate in a step of post-training; a folder may have no such maps."""
+    return round(run.s.ratio * run.s.post_ask) if run.s.proxy in run.world.targets else 0
+
 def posttrain(run: Run):
     """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions."""
-    s = run.s
-    proxies = round(s.ratio * s.post_ask) if s.proxy in run.world.targets else 0
+    s, proxies = run.s, maps_a_step(run)
 
     def loss_of(step):
         share, since = (2 * (2 * step >= s.post_steps), .75) if s.control == 'first' else (1, .5)
@@ -327,11 +402,10 @@ def parse(argv=None) -> Settings:
         names = dict.fromkeys(('--' + f.name, '--' + f.name.replace('_', '-')))      # both spellings
         p.add_argument(*names, help=f"{f.metadata['help']} (default {f.default!r})", **how)
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    if (preset := given.get('preset', 'auto')) == 'auto':
-        preset = 'gpu' if data.find_device(given.get('device', 'auto')).type == 'cuda' else 'cpu'
+    preset = given.get('preset', 'cpu')
     if preset not in PRESETS:
-        raise UserError(f"--preset is {preset!r}: choose {', '.join(PRESETS)} or auto")
-    return check(Settings(**{'out': f'out/{preset}'} | PRESETS[preset] | given | {'preset': preset}))
+        raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
+    return check(Settings(**{'out': f'out/{preset}'} | PRESETS[preset] | given))
 
 def check(s: Settings) -> Settings:
     """Name impossible settings before anything is written."""
@@ -352,23 +426,15 @@ def check(s: Settings) -> Settings:
                'a power of 2, 2 or more, for fsq'), ('eval_n', s.eval_n >= 16, 'at least 16')]
     for name, rule in [(k, rule) for k, good, rule in rules if not good]:
         raise UserError(f'--{name} is {getattr(s, name)!r:.60}: it must be {rule}')
-    # Peak of a step: twice what autograd keeps, 20 C + 1.3 H keys floats a token and block (results.md)
-    N, asked = s.size**2 // 16, 11 * max(s.questions, s.late_questions)
-    kept = lambda B, T, keys: 8e-9 * s.n_layer * B * T * (20 * s.n_embd + 1.3 * s.n_head * keys)
-    need = kept(max(s.pre_ask, s.post_ask), N + asked, N + 100) + kept(
-        max(s.pre_draw, s.post_draw + s.ratio * s.post_ask), 2 * N + 60, 2 * N + 60)
-    need, here = .5 + need / RANKS, data.find_device(s.device).type != 'cuda' and hasattr(os, 'sysconf')
-    if here and need > (room := os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9):
-        print(f'warning: a step may need {need:.0f} GB of {room:.0f}: ask for less or a smaller model')
     return s
 
 def main(argv=None):
     sys.stdout = open(os.devnull, 'w') if RANK else sys.stdout    # the first process logs and saves
     begin, s = time.time(), parse(argv)
-    device, bf16 = evaluation.choose_device(s.device, s.dtype, s.threads)
+    device = data.find_device(s.device)
     torchrun and join(device)
-    run = Run(s, device, bf16)
-    run.peak = evaluation.peak(device, bf16)
+    run = Run(s, device)
+    settle(run)
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.tok, run.umm)]
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
           '{:.2f} a code'.format(*sizes, run.guess('text'), run.guess('draw')))

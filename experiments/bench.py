@@ -16,13 +16,13 @@ import os
 import statistics
 import sys
 import time
+import timeit
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import eval as evaluation
 import train
 from data import Sequence, UserError
 from model import Config, UMM, VQTokenizer
@@ -34,6 +34,12 @@ def flops(work) -> float:
     with FlopCounterMode(display=False) as count:
         work()
     return count.get_total_flops()
+
+def peak(dtype, shape=(1024, 1024, 1024)) -> float:
+    """Measured FLOP/s, best of 9, of a matrix product [n, k] @ [k, m], shape (n, k, m)."""
+    n, k, m = shape
+    a, b = torch.ones(n, k, dtype=dtype), torch.ones(k, m, dtype=dtype)
+    return 2 * n * k * m / min(timeit.repeat(lambda: a @ b, number=1, repeat=9))
 
 def alternate(runs: dict, rounds: int) -> dict:
     """{name: function} -> {name: [(wall, CPU) seconds of each round]}; one warm-up, then by turns."""
@@ -140,7 +146,7 @@ def training(report: Report, rounds: int, a, what: str, c: Config, B: int, T: in
     times = alternate(runs, rounds)
     report.add(what, times, 'tokens', B * T)
     spent = statistics.median(w for w, _ in times['nanoUMM'])
-    best = evaluation.peak(torch.device('cpu'), shape=(B * T, c.n_embd, 4 * c.n_embd))
+    best = peak(torch.float32, (B * T, c.n_embd, 4 * c.n_embd))
     share = flops(lambda: umm(Sequence(x, ones, y))[0].backward()) / spent / best
     report.note(f'{what}: MFU', f'{share:.0%} of {best / 1e9:.0f} GFLOP/s, float32', share)
 
@@ -296,10 +302,10 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.threads < 1:
         raise UserError(f'--threads is {a.threads}: 1 or more')
-    _, units = evaluation.choose_device('cpu', 'auto', a.threads)
-    a.bf16 = units or not a.quick
+    torch.set_num_threads(a.threads)
+    a.bf16 = not a.quick or peak(torch.bfloat16) > peak(torch.float32)
     if not a.bf16:
-        print('no bfloat16 units: bfloat16 is left out of --quick')
+        print('bfloat16 is slower than float32 on this processor: left out of --quick')
     report, rounds = Report(), 3 if a.quick else 7
     large = Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
     training(report, rounds, a, f'training step, T = {T}', large, B, T)

@@ -35,7 +35,7 @@ def cosines(base: Path) -> dict:
     tok, umm, text, _, meta = model.load(base)
     s = train.Settings(**meta['settings'])
     world = train.open_world(s.data, s.size, s.seed, 'cpu', text, s.skip_bad)
-    run = SimpleNamespace(s=s, world=world, tok=tok, umm=umm, device=torch.device('cpu'), bf16=False)
+    run = SimpleNamespace(s=s, world=world, tok=tok, umm=umm, device=torch.device('cpu'))
     asked, out = gradient(run, PICTURES, 0, 2**24), {}
     for name in ('questions', *(p for p in PROXY_ARMS if p in world.targets)):
         s.proxy = name

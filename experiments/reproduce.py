@@ -59,7 +59,7 @@ PLANS = {'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth',
 # Post-training shorter than the main job's: arms are compared while there is still something to learn.
 STEPS = {'cpu': ['--post_steps', '400', '--sample_every', '100', '--save_every', '100'],
          'gpu': ['--sample_every', '500'], 'test': ['--sample_every', '3']}
-RECIPE = 4      # counts changes of model or training after which old arms must not be mixed in
+RECIPE = 5      # counts changes of model or training after which old arms must not be mixed in
 PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest to tell apart
 
 class Limited:
@@ -219,7 +219,8 @@ def prepare(folder: Path, flags: list):
     """A Run in `folder`, resumed if it was begun before."""
     begun = (folder / 'state.safetensors').exists()
     s = train.parse([*flags, '--out', str(folder), '--resume' if begun else '--overwrite'])
-    return train.Run(s, *evaluation.choose_device(s.device, s.dtype, s.threads))
+    torch.set_num_threads(s.threads)
+    return train.Run(s, data.find_device(s.device))
 
 def work(a, seed: int, arm: str):
     """Run one arm (or a base) to its result.json, its output to out.txt."""
@@ -227,7 +228,8 @@ def work(a, seed: int, arm: str):
         threading.Thread(target=lambda: (boss.join(), os._exit(1)), daemon=True).start()
     base, folder, begin = base_of(arm), a.out / f'seed{seed}' / arm, time.time()
     flags = ['--preset', a.preset, '--seed', str(seed), '--device', a.device,
-             '--threads', str(a.threads), *STEPS[a.preset],
+             '--dtype', 'float32', '--threads', str(a.threads),    # all arms compute alike
+             *STEPS[a.preset],
              *(['--image_input', 'code'] if base == 'base-code' else []),
              *(['--data', a.data] if a.data else []), *['--skip_bad'] * a.skip_bad,
              *(['--post_steps', str(a.steps)] if a.steps else [])]

@@ -1,15 +1,18 @@
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402, F401  before torch: it tells OpenMP how to wait
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+
 import model  # noqa: E402
 
-TEST = ['--preset', 'test', '--device', 'cpu', '--threads', '1']
+# Numbers are compared: the type and the threads are fixed, whatever the machine would choose.
+TEST = ['--preset', 'test', '--device', 'cpu', '--dtype', 'float32', '--threads', '1']
 model.MAX_PLAN = 24  # what is untrained never ends a plan
 torch.set_num_threads(1)  # two threads on a busy machine are several times slower than one
 

@@ -97,11 +97,13 @@ def test_bench_counts_what_autograd_keeps():
 
 def test_house_rules():
     """Budgets that keep the code readable, and imports that go one way."""
-    order, total = ['data', 'folder', 'model', 'eval', 'optim', 'train'], 0
+    order = ['data', 'folder', 'model', 'eval', 'optim', 'train']
     for name in (*order, 'sample'):
         lines = (ROOT / f'{name}.py').read_text().splitlines()
-        total += len(lines) * (name not in ('folder', 'optim'))  # the five that are read first
-        assert len(lines) <= 400 and max(map(len, lines)) <= 105, name
+        assert max(map(len, lines)) <= 105, name
+        if name in ('eval', 'sample', 'train'):  # OpenMP reads what data has set when torch is loaded
+            first = [line.split()[1] for line in lines if re.match('import (data|torch)', line)]
+            assert first[0] == 'data', name
         used = {
             m
             for line in lines
@@ -109,13 +111,12 @@ def test_house_rules():
         }
         later = order[order.index(name) :] if name in order else ['eval', 'train']
         assert not used & set(later), name
-    assert total <= 1700
     for path in [*ROOT.glob('*.py'), *(ROOT / 'experiments').glob('*.py')]:
         for f in ast.walk(ast.parse(path.read_text())):
             assert not isinstance(f, ast.FunctionDef) or f.end_lineno - f.lineno < 60, f.name
     for path in [*(ROOT / 'experiments').glob('*.py'), *(ROOT / 'tests').glob('*.py')]:
         lines = path.read_text().splitlines()
-        assert len(lines) <= 400 and max(map(len, lines), default=0) <= 105, path.name
+        assert max(map(len, lines), default=0) <= 105, path.name
 
 
 def test_draw_is_seeded_and_writes_a_picture(folder, monkeypatch):

@@ -54,9 +54,9 @@ def test_attention_against_a_naive_loop():
 
 
 def test_rope_depends_on_distance_only():
-    cos, sin = model.rope_table(50, 8)
-    q, k = torch.randn(2, 1, 1, 1, 8).unbind()
-    at = lambda x, i: model.rotate(x, cos[i][None, None, None], sin[i][None, None, None])
+    turns = model.rope_table(50, 8)
+    q, k = torch.randn(2, 1, 1, 1, 1, 8).unbind()
+    at = lambda x, i: model.rotate(x, turns[i])
     dots = [(at(q, i) * at(k, i + 7)).sum().item() for i in (0, 3, 40)]
     assert dots == pytest.approx([dots[0]] * 3, abs=1e-5)
     assert at(q, 5).norm().item() == pytest.approx(q.norm().item(), abs=1e-5)
@@ -255,20 +255,20 @@ def test_text_embedding_against_naive_code(umm):
 
 
 def test_a_block_against_naive_code(umm):
-    """RMSNorm, query-key norm, 2-D rotary positions, attention, squared ReLU, by position."""
+    """LayerNorm, query-key norm, 2-D rotary positions, attention, squared ReLU, by position."""
     block, C, H = umm.blocks[1].double(), 32, 2
     x, at = torch.randn(1, 5, C, dtype=torch.double), torch.randint(20, (1, 5, 2))
     mask = torch.full((5, 5), -1e4, dtype=torch.double).triu(1)[None, None]
     x0 = torch.randn(1, 5, C, dtype=torch.double)
-    got = block(x, x0, [t.double() for t in umm.rope(at)], mask, model.KV())
-    norm = lambda v: v / (v.square().mean() + torch.finfo(v.dtype).eps) ** 0.5
+    got = block(x, x0, umm.rope(at).to(torch.complex128), mask, model.KV())
+    norm = lambda v: (v - v.mean()) / (v.var(correction=0) + 1e-5) ** 0.5
 
-    def turned(v, row, col):  # D = 16: pairs (i, i + 8); the first 4 turn by row, the others by column
+    def turned(v, row, col):  # D = 16, 8 pairs: the first 4 turn by row, the others by column
         out = v.clone()
         for i in range(8):
             angle = (row if i < 4 else col) / 10000 ** (2 * (i % 4) / 8)
-            out[i] = v[i] * math.cos(angle) - v[i + 8] * math.sin(angle)
-            out[i + 8] = v[i] * math.sin(angle) + v[i + 8] * math.cos(angle)
+            out[2 * i] = v[2 * i] * math.cos(angle) - v[2 * i + 1] * math.sin(angle)
+            out[2 * i + 1] = v[2 * i] * math.sin(angle) + v[2 * i + 1] * math.cos(angle)
         return out
 
     heads = []

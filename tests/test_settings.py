@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 import pytest
 import torch
@@ -51,17 +50,6 @@ def test_impossible_settings_are_named(tmp_path, monkeypatch, flags, named):
     with pytest.raises(UserError, match=named):
         train.main(flags)
     assert not list(tmp_path.iterdir())  # nothing was written
-
-
-@pytest.mark.skipif(not hasattr(os, 'sysconf'), reason='asks for the size of the memory')
-@pytest.mark.parametrize('gb, warned', [(4, True), (400, False)])
-def test_a_preset_that_does_not_fit_says_so(monkeypatch, capsys, gb, warned):
-    size = {'SC_PHYS_PAGES': gb * 10**9 // 4096, 'SC_PAGE_SIZE': 4096}
-    monkeypatch.setattr(os, 'sysconf', size.get)
-    train.parse(['--preset', 'gpu'])
-    assert ('warning: a step may need' in capsys.readouterr().out) == warned
-    train.parse(['--preset', 'cpu'])
-    assert not capsys.readouterr().out
 
 
 def test_a_run_is_never_lost_by_accident(run_dir):
