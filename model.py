@@ -1,5 +1,17 @@
 """The two networks: a VQ tokenizer (pictures <-> codes) and the unified multimodal model (UMM).
 
+A sequence is [picture][text][codes]; what a use does not need is left out:
+
+    use      sequence                                  where its loss lives
+    answer   [picture][question, answer]               text head, at the answer
+    draw              [prompt, plan]      [codes]      text head at the plan, pixel head at the codes
+    map      [picture][instruction]       [codes]      pixel head at the codes
+
+    who sees whom        picture    text of its turn    codes
+    picture              all        -                   -
+    text                 all        earlier             -
+    codes (turn 1)       all        all                 earlier
+
 Axes: B pictures (text: B*R rows, see data.pack), T positions of a sequence, C channels, H heads,
 D channels of a head, V text vocabulary, K codebook, S side of a picture, G of its grid of N = G*G codes.
 """
@@ -17,6 +29,7 @@ from safetensors.torch import save_file
 
 from data import MAX_PLAN, MAX_TEXT, Sequence, Text, UserError, pack
 
+
 @dataclass
 class Config:
     """Everything needed to rebuild both networks; it travels inside the checkpoint."""
@@ -28,11 +41,16 @@ class Config:
     vq_depth: int = 2            # residual blocks in the encoder and in the decoder
     quantizer: str = 'vq'        # 'vq' (learned codebook) or 'fsq' (fixed grid)
     vocab: int = 512             # V, text tokens, the special ones included
-    n_layer: int = 4
-    n_head: int = 3
+    n_layer: int = 4             # transformer blocks
+    n_head: int = 3              # H
     n_embd: int = 96             # C
     image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
-    grid = property(lambda self: self.size // self.patch)      # G
+
+    @property
+    def grid(self) -> int:
+        """G, codes along a side of the picture."""
+        return self.size // self.patch
+
 
 # ---- VQ tokenizer ----
 class VectorQuantizer(nn.Module):
@@ -42,55 +60,82 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, K: int, dim: int, decay=.98, dead=.03):
         super().__init__()
-        self.decay, self.dead = decay, dead      # restart codes used less than `dead` times a batch
-        self.register_buffer('codebook', F.normalize(torch.randn(K, dim), dim=-1))    # [K, dim]
+        self.decay = decay
+        self.dead = dead                         # restart codes used less than `dead` times a batch
+        codebook = F.normalize(torch.randn(K, dim), dim=-1)
+        self.register_buffer('codebook', codebook)                                    # [K, dim]
         self.register_buffer('count', torch.ones(K))                                  # [K]
-        self.register_buffer('total', self.codebook.clone())                          # [K, dim]
+        self.register_buffer('total', codebook.clone())                               # [K, dim]
 
     def forward(self, z):
         """z [B, G, G, dim] -> (code vectors [B, G, G, dim], codes [B, G, G], commitment loss)."""
         z = F.normalize(z, dim=-1)
-        codes = (z @ self.codebook.T).argmax(-1)                                      # [B, G, G]
+        similarity = z @ self.codebook.T                                              # [B, G, G, K]
+        codes = similarity.argmax(-1)                                                 # [B, G, G]
         e = self.codebook[codes]                                                      # [B, G, G, dim]
         if self.training:
-            self.update(z.detach().flatten(0, 2), codes.flatten())                    # [B*G*G, dim]
-        # straight-through gradient; the commitment moves the encoder only: the codebook is a buffer
-        return z + (e - z).detach(), codes, F.mse_loss(z, e)
+            vectors = z.detach().flatten(0, 2)                                        # [B*G*G, dim]
+            self.update(vectors, codes.flatten())
+        commitment = F.mse_loss(z, e)            # moves the encoder only: the codebook is a buffer
+        e = z + (e - z).detach()                 # straight-through: the gradient passes by the codes
+        return e, codes, commitment
 
     @torch.no_grad()
     def update(self, z, codes):
         """Moving averages of a code's uses and of the vectors it stands for; z [n, dim], codes [n]."""
-        uses = codes.bincount(minlength=len(self.count)).to(z.dtype)                  # [K]
-        sums = torch.zeros_like(self.total).index_add_(0, codes, z)                   # [K, dim]
-        fresh = z[torch.randint(len(z), self.count.shape, device=z.device)]           # [K, dim]
-        if dist.is_available() and dist.is_initialized():          # torchrun: of all processes
-            dist.all_reduce(uses), dist.all_reduce(sums), dist.broadcast(fresh, 0)
-        self.count.lerp_(uses, 1 - self.decay), self.total.lerp_(sums, 1 - self.decay)
+        K = len(self.count)
+        uses = codes.bincount(minlength=K).to(z.dtype)                                # [K]
+        sums = torch.zeros_like(self.total)                                           # [K, dim]
+        sums.index_add_(0, codes, z)
+        chosen = torch.randint(len(z), (K,), device=z.device)
+        fresh = z[chosen]                                                             # [K, dim]
+        if dist.is_available() and dist.is_initialized():                # torchrun: of all processes
+            dist.all_reduce(uses)
+            dist.all_reduce(sums)
+            dist.broadcast(fresh, 0)
+        self.count.lerp_(uses, 1 - self.decay)
+        self.total.lerp_(sums, 1 - self.decay)
         dead = self.count < self.dead
-        self.total.copy_(torch.where(dead[:, None], fresh, self.total))
-        self.count.masked_fill_(dead, 1.)
+        self.total[dead] = fresh[dead]
+        self.count[dead] = 1.
         self.codebook.copy_(F.normalize(self.total, dim=-1))
 
+
 class FiniteScalarQuantizer(nn.Module):
-    """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1)."""
+    """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1). With
+    K = 2^bits codes there are 8 levels in each channel and 2^(bits mod 3) in the last one."""
 
     def __init__(self, K: int):
         super().__init__()
-        bits = K.bit_length() - 1                      # K = 2^bits = 8 * 8 * ... * 2^(bits mod 3)
-        levels = torch.tensor([8] * (bits // 3) + ([2 ** (bits % 3)] if bits % 3 else []))
+        bits = K.bit_length() - 1
+        levels = [8] * (bits // 3)
+        if bits % 3:
+            levels.append(2 ** (bits % 3))
+        levels = torch.tensor(levels)
+        basis = torch.cumprod(levels, 0) // levels           # what a digit of each channel is worth
+        codes = torch.arange(K)[:, None]                                              # [K, 1]
+        digits = codes // basis % levels                                              # [K, dim]
         self.register_buffer('levels', levels)                                        # [dim]
-        self.register_buffer('basis', torch.cumprod(F.pad(levels[:-1], (1, 0), value=1), 0))  # [dim]
-        digits = torch.arange(K)[:, None] // self.basis % levels                      # [K, dim]
-        self.register_buffer('codebook', digits / (levels - 1) * 2 - 1)               # [K, dim]
+        self.register_buffer('basis', basis)                                          # [dim]
+        self.register_buffer('codebook', self.vectors(digits))                        # [K, dim]
+
+    def vectors(self, digits):
+        """0, 1, ..., levels - 1 -> evenly from -1 to 1."""
+        return digits / (self.levels - 1) * 2 - 1
 
     def forward(self, z):
         """As VectorQuantizer.forward; there is nothing to commit to, so that loss is 0."""
         z = torch.tanh(z)
         digits = ((z + 1) / 2 * (self.levels - 1)).round()                            # [B,G,G,dim]
-        e, codes = digits / (self.levels - 1) * 2 - 1, (digits.long() * self.basis).sum(-1)
-        return z + (e - z).detach(), codes, z.new_zeros(())
+        codes = (digits.long() * self.basis).sum(-1)                                  # [B,G,G]
+        e = self.vectors(digits)                                                      # [B,G,G,dim]
+        e = z + (e - z).detach()
+        return e, codes, z.new_zeros(())
+
 
 class ResBlock(nn.Module):
+    """x + conv(gelu(conv(norm(x)))), x [B, width, G, G]."""
+
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
@@ -98,7 +143,10 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
-        return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
+        y = self.conv1(self.norm(x))
+        y = self.conv2(F.gelu(y))
+        return x + y
+
 
 class VQTokenizer(nn.Module):
     """Convolutional autoencoder with a discrete bottleneck: S x S pixels <-> G x G codes. Pixels are
@@ -107,21 +155,44 @@ class VQTokenizer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        self.quantizer = (FiniteScalarQuantizer(c.codebook) if c.quantizer == 'fsq' else
-                          VectorQuantizer(c.codebook, c.code_dim))
-        width, pixels, dim = c.vq_width, 3 * c.patch ** 2, self.quantizer.codebook.shape[1]
+        if c.quantizer == 'fsq':
+            self.quantizer = FiniteScalarQuantizer(c.codebook)
+        else:
+            self.quantizer = VectorQuantizer(c.codebook, c.code_dim)
+        width = c.vq_width
+        pixels = 3 * c.patch ** 2
+        dim = self.quantizer.codebook.shape[1]
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(c.patch), nn.Conv2d(pixels, width, 3, padding=1),       # [B,width,G,G]
-            *[ResBlock(width) for _ in range(c.vq_depth)], nn.Conv2d(width, dim, 1))  # [B,dim,G,G]
+            nn.PixelUnshuffle(c.patch),                                               # [B,pixels,G,G]
+            nn.Conv2d(pixels, width, 3, padding=1),                                   # [B,width,G,G]
+            *[ResBlock(width) for _ in range(c.vq_depth)],
+            nn.Conv2d(width, dim, 1),                                                 # [B,dim,G,G]
+        )
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 1), *[ResBlock(width) for _ in range(c.vq_depth)],  # [B,width,G,G]
-            nn.Conv2d(width, pixels, 3, padding=1), nn.PixelShuffle(c.patch))         # [B,3,S,S]
+            nn.Conv2d(dim, width, 1),                                                 # [B,width,G,G]
+            *[ResBlock(width) for _ in range(c.vq_depth)],
+            nn.Conv2d(width, pixels, 3, padding=1),                                   # [B,pixels,G,G]
+            nn.PixelShuffle(c.patch),                                                 # [B,3,S,S]
+        )
+
+    def hidden_matrices(self) -> list:
+        """The parameters that Muon trains: convolutions inside the residual blocks."""
+        found = []
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                found.append(module.conv1.weight)
+                found.append(module.conv2.weight)
+        return found
 
     def quantize(self, x):
-        return self.quantizer(self.encoder(x * 2 - 1).permute(0, 2, 3, 1))            # [B,G,G,dim]
+        """x [B, 3, S, S] in [0, 1] -> as VectorQuantizer.forward."""
+        z = self.encoder(x * 2 - 1)                                                   # [B,dim,G,G]
+        return self.quantizer(z.permute(0, 2, 3, 1))                                  # [B,G,G,dim]
 
     def reconstruct(self, e):
-        return self.decoder(e.permute(0, 3, 1, 2)) * .5 + .5                          # [B,3,S,S]
+        """Code vectors [B, G, G, dim] -> pictures [B, 3, S, S], about [0, 1]."""
+        x = self.decoder(e.permute(0, 3, 1, 2))                                       # [B,3,S,S]
+        return x * .5 + .5
 
     def forward(self, x):
         """x [B, 3, S, S] in [0, 1] -> (reconstruction alike, codes [B, G, G], commitment loss)."""
@@ -131,242 +202,384 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, x):
         """Pictures [B, 3, S, S] in [0, 1] -> codes [B, N], row by row."""
-        return self.quantize(x)[1].flatten(1)                                         # [B,N]
+        _, codes, _ = self.quantize(x)
+        return codes.flatten(1)                                                       # [B,N]
 
     @torch.no_grad()
     def decode(self, codes):
         """Codes [B, N] -> pictures [B, 3, S, S] in [0, 1]."""
-        e = self.quantizer.codebook[codes].unflatten(1, (self.c.grid, self.c.grid))   # [B,G,G,dim]
-        return self.reconstruct(e).clamp(0, 1)
+        G = self.c.grid
+        e = self.quantizer.codebook[codes]                                            # [B,N,dim]
+        x = self.reconstruct(e.unflatten(1, (G, G)))                                  # [B,3,S,S]
+        return x.clamp(0, 1)
 
-# ---- the unified multimodal model ----
+
+# ---- the parts of the transformer ----
 def norm(x):
     """LayerNorm without parameters (Ba et al. 2016, eq. 4): on a CPU one pass, where RMSNorm is five."""
     return F.layer_norm(x, x.shape[-1:])
 
+
 def rope_table(length: int, dim: int, base=10000.):
     """e^(i angle), complex [length, dim/2], of rotary position embedding (Su et al. 2021, eq. 13). Half
     of the channels hardly turn at these lengths: they find things by what they are, not where."""
-    angle = torch.arange(length)[:, None] / base ** (torch.arange(0, dim, 2) / dim)   # [length,dim/2]
+    slowness = base ** (torch.arange(0, dim, 2) / dim)                                # [dim/2]
+    position = torch.arange(length)[:, None]                                          # [length,1]
+    angle = position / slowness                                                       # [length,dim/2]
     return torch.polar(torch.ones_like(angle), angle)
+
 
 def rotate(x, turns):
     """Turn channel pairs (2i, 2i + 1) of x [B, T, n, H, D] by position; turns [B, T, 1, 1, D/2]."""
     x = x.to(turns.real.dtype)                               # there are no complex numbers of bfloat16
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))                           # [B,T,n,H,D/2]
-    return torch.view_as_real(pairs * turns).flatten(-2)                              # [B,T,n,H,D]
+    turned = torch.view_as_real(pairs * turns)                                        # [B,T,n,H,D/2,2]
+    return turned.flatten(-2)                                                         # [B,T,n,H,D]
+
 
 def attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v. q [B, H, T, D], k and v [B, H, keys, D] -> [B, H, T, D]."""
-    if q.is_cuda:
+    if q.device.type != 'cpu':
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # On a CPU the fused kernel's backward is slower than plain matrix products at these lengths.
-    scores = (q * q.shape[-1] ** -.5) @ k.mT                                          # [B,H,T,keys]
+    D = q.shape[-1]
+    scores = (q * D ** -.5) @ k.mT                                                    # [B,H,T,keys]
     if mask is not None:
         scores += mask                                       # in place: one pass through memory less
     return torch.softmax(scores, dim=-1) @ v
 
-class KV:
-    """Keys and values of one layer: grown by concatenation (training) or in a preallocated buffer."""
 
-    def __init__(self, buffer=None):
-        self.buffer, self.used, self.kv = buffer, 0, ()            # buffer [2, B, H, length, D]
+class KV:
+    """Keys and values of one layer: those of the picture, then those of text and codes."""
+
+    def __init__(self):
+        self.k = self.v = None                                                        # [B,H,used,D]
 
     def append(self, k, v):
-        """k, v [B, H, T, D] -> all so far, [B, H, used, D]; rows of text share their picture's."""
-        if self.buffer is None:
-            past = [a[:, None].expand(-1, len(k) // len(a), -1, -1, -1).flatten(0, 1) for a in self.kv]
-            self.kv = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or (k, v)    # [B,H,used,D]
-            return self.kv
-        start, self.used = self.used, self.used + k.shape[2]
-        self.buffer[:, :, :, start:self.used] = torch.stack((k, v))
-        return self.buffer[:, :, :, :self.used]
+        """k, v [B*R, H, T, D] -> all so far, [B*R, H, used, D]; R rows of text share their picture's."""
+        if self.k is not None:
+            R = len(k) // len(self.k)
+            before_k = self.k.repeat_interleave(R, 0)                                 # [B*R,H,past,D]
+            before_v = self.v.repeat_interleave(R, 0)
+            k = torch.cat([before_k, k], 2)                                           # [B*R,H,used,D]
+            v = torch.cat([before_v, v], 2)
+        self.k, self.v = k, v
+        return k, v
+
+
+class BufferedKV:
+    """As KV for R = 1, in memory that is taken once: for a sequence that grows token by token."""
+
+    def __init__(self, B: int, H: int, length: int, D: int, like):
+        self.k = like.new_zeros(B, H, length, D)
+        self.v = like.new_zeros(B, H, length, D)
+        self.used = 0
+
+    def append(self, k, v):
+        start, end = self.used, self.used + k.shape[2]
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        self.used = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
 
 class Block(nn.Module):
     """Pre-norm transformer block: LayerNorm, attention with QK-norm and RoPE, squared-ReLU MLP."""
 
     def __init__(self, c: Config):
         super().__init__()
+        C = c.n_embd
         self.n_head = c.n_head
-        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
-        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
-        self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
-        for out in (self.proj, self.down):
-            nn.init.zeros_(out.weight)                 # every block starts as the identity
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
+        self.up = nn.Linear(C, 4 * C, bias=False)
+        self.down = nn.Linear(4 * C, C, bias=False)
+        nn.init.zeros_(self.proj.weight)                 # every block starts as the identity
+        nn.init.zeros_(self.down.weight)
 
-    def forward(self, x, x0, rope, mask, kv: KV):
+    def forward(self, x, x0, rope, mask, kv):
         """x [B, T, C] -> [B, T, C]; x0 alike: norm(embedding), which attention of every block reads too,
-        as it drowns in x (after Jordan 2024); mask [B, 1, T, keys] or None: added to scores; kv: past"""
+        as it drowns in x (after Jordan 2024); rope [B, T, 1, 1, D/2]; mask [B, 1, T, keys] or None is
+        added to the scores; kv: keys and values of what comes before, which grows."""
         B, T, C = x.shape
-        qkv = self.qkv(norm(x) + x0).view(B, T, 3, self.n_head, -1)                   # [B,T,3,H,D]
-        q, k = rotate(norm(qkv[:, :, :2]), rope).permute(2, 0, 3, 1, 4)               # [B,H,T,D]
+        qkv = self.qkv(norm(x) + x0)                                                  # [B,T,3*C]
+        qkv = qkv.view(B, T, 3, self.n_head, -1)                                      # [B,T,3,H,D]
+        qk = rotate(norm(qkv[:, :, :2]), rope)                                        # [B,T,2,H,D]
+        q, k = qk.permute(2, 0, 3, 1, 4)                                              # [B,H,T,D]
         v = qkv[:, :, 2].transpose(1, 2)                                              # [B,H,T,D]
-        y = attention(q, *kv.append(k, v), mask)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))                         # [B,T,C]
-        return x + self.down(F.relu(self.up(norm(x))).square())
+        k, v = kv.append(k, v)                                                        # [B,H,keys,D]
+        y = attention(q, k, v, mask)                                                  # [B,H,T,D]
+        y = y.transpose(1, 2).reshape(B, T, C)                                        # [B,T,C]
+        x = x + self.proj(y)
+        y = F.relu(self.up(norm(x))).square()                                         # [B,T,4*C]
+        return x + self.down(y)
 
+
+# ---- the unified multimodal model ----
 class UMM(nn.Module):
-    """One decoder-only transformer that reads and writes both text and pictures.
-
-    A sequence is [picture][text][codes]. The picture is read bidirectionally and never sees what
-    follows; text and codes are causal. Each modality has its own embedding and head; a head is computed
-    only where its loss lives. Source patch (r, c) and target code (r, c) share their 2-D position.
-    """
+    """One decoder-only transformer that reads and writes both text and pictures (see the top of this
+    file). Each modality has its own embedding and head; a head is computed only where its loss lives.
+    Source patch (r, c) and target code (r, c) share their 2-D position."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.c, C = c, c.n_embd
+        self.c = c
+        C = c.n_embd
         self.text_embed = nn.Embedding(c.vocab, C)
-        self.taps = nn.Parameter(torch.randn(3, C) * .5)      # how a token hears the three before it
-        self.code_embed = nn.Embedding(c.codebook + 1, C)          # the last row: start of a picture
+        self.taps = nn.Parameter(torch.randn(3, C) * .5)     # how a token hears the three before it
+        self.code_embed = nn.Embedding(c.codebook + 1, C)    # the last row: start of a picture
         self.patch_embed = nn.Linear(3 * c.patch ** 2, C)
         # Positions as loud as the content they are added to: with quiet ones learning starts much later.
         self.row = nn.Parameter(torch.randn(c.grid, 1, C) * .5)
         self.col = nn.Parameter(torch.randn(1, c.grid, C) * .5)
-        self.source = nn.Parameter(torch.randn(C) * .5)            # marks the input picture
+        self.source = nn.Parameter(torch.randn(C) * .5)      # marks the input picture
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.text_head = nn.Linear(C, c.vocab, bias=False)
         self.pixel_head = nn.Linear(C, c.codebook, bias=False)
-        for table, head in ((self.text_embed, self.text_head), (self.code_embed, self.pixel_head)):
-            nn.init.normal_(table.weight, std=.7)
-            nn.init.zeros_(head.weight)                      # the first loss is exactly ln V or ln K
-        turns = rope_table(c.grid + 2 * MAX_TEXT, C // c.n_head // 2)                 # [positions,D/4]
+        nn.init.normal_(self.text_embed.weight, std=.7)
+        nn.init.normal_(self.code_embed.weight, std=.7)
+        nn.init.zeros_(self.text_head.weight)                # the first loss is exactly ln V
+        nn.init.zeros_(self.pixel_head.weight)               # ln K
+        D = C // c.n_head
+        turns = rope_table(c.grid + 2 * MAX_TEXT, D // 2)                             # [positions,D/4]
         self.register_buffer('turns', torch.view_as_real(turns), persistent=False)
-        self.register_buffer('rc', torch.cartesian_prod(*[torch.arange(c.grid)] * 2), False)  # [N,2]
+        place = torch.arange(c.grid)
+        self.register_buffer('rc', torch.cartesian_prod(place, place), False)         # [N,2] row, column
 
-    position = lambda self: (self.row + self.col).flatten(0, 1)                       # [N,C]
+    def hidden_matrices(self) -> list:
+        """The parameters that Muon trains: the matrices of the blocks."""
+        return list(self.blocks.parameters())
+
+    def position(self):
+        """Learned embedding of each place of the grid, [N, C]."""
+        return (self.row + self.col).flatten(0, 1)                                    # [N,C]
 
     def rope(self, at):
         """2-D rotary positions: half of the channels turn by row, half by column; at [B, T, 2]. Text
         moves along the diagonal, as in M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1)."""
-        return torch.view_as_complex(self.turns[at]).flatten(2)[:, :, None, None]     # [B,T,1,1,D/2]
+        turns = torch.view_as_complex(self.turns[at])                                 # [B,T,2,D/4]
+        return turns.flatten(2)[:, :, None, None]                                     # [B,T,1,1,D/2]
 
     def inputs(self, tok, image):
         """Pictures [B, 3, S, S] as this model reads them: pixels, or the tokenizer's codes [B, N]."""
-        return tok.encode(image) if self.c.image_input == 'code' else image
+        if self.c.image_input == 'code':
+            return tok.encode(image)
+        return image
 
     def embed_image(self, image):
         """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
-        x = (self.code_embed(image) if self.c.image_input == 'code' else
-             self.patch_embed(F.pixel_unshuffle(image * 2 - 1, self.c.patch).flatten(2).mT))   # [B,N,C]
+        if self.c.image_input == 'code':
+            x = self.code_embed(image)                                                # [B,N,C]
+        else:
+            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                  # [B,3*P*P,G,G]
+            x = self.patch_embed(patches.flatten(2).mT)                               # [B,N,C]
         return x + self.position() + self.source
 
     def embed_text(self, text, turn):
         """Tokens and turns [B, T] -> [B, T, C]: a depthwise causal convolution within a turn (Allen-Zhu
         2025, Canon layers), so that the end of a question hears at once what it is about."""
+        T = text.shape[1]
         x = out = self.text_embed(text)
         for k, tap in enumerate(self.taps, 1):
-            same = F.pad(turn, (k, 0), value=-2)[:, :-k] == turn                      # [B,T]
-            out = out + tap * F.pad(x, (0, 0, k, 0))[:, :-k] * same[..., None]        # [B,T,C]
+            before = F.pad(x, (0, 0, k, 0))[:, :T]                                    # [B,T,C]
+            same = turn == F.pad(turn, (k, 0), value=-2)[:, :T]                       # [B,T]
+            out = out + tap * before * same[..., None]
         return out
 
-    def hidden(self, s: Sequence, kvs: list[KV] | None = None, hide=0.):
-        """-> last hidden states at text and codes, [B, T (+ N), C]; kvs: where keys and values go; hide:
-        share of the rows, the first ones, that do not see their own earlier codes."""
-        N = self.c.grid ** 2
-        x, turn = self.embed_text(s.text, s.turn), s.turn
-        if s.codes is not None:      # shifted by one: the input at n is code n - 1 and the position of n
-            shifted = F.pad(s.codes[:, :-1], (1, 0), value=self.c.codebook)           # [B,N]
-            shifted[:round(hide * len(shifted))] = self.c.codebook
-            x = torch.cat([x, self.code_embed(shifted) + self.position()], 1)         # [B,T+N,C]
-            turn = F.pad(turn, (0, N), value=1)                                       # [B,T+N]
-        see = (turn[:, :, None] == turn[:, None, :]).tril()  # [B,T,T] earlier tokens of the same turn
-        at = (self.c.grid - 1 + see.sum(-1))[..., None].repeat(1, 1, 2)               # [B,T,2]
+    def embed_codes(self, codes, start=0, hide=0.):
+        """Known codes [B, n] -> inputs at the places start, start + 1, ... of the picture, [B, ., C]: at
+        place i code i - 1, which is known when code i is to be predicted; the first round(hide * B) rows
+        read the start symbol everywhere."""
+        shifted = F.pad(codes, (1, 0), value=self.c.codebook)                         # [B,n+1]
+        shifted = shifted[:, start:len(self.rc)]             # the last code of a picture is no input
+        hidden_rows = round(hide * len(shifted))
+        shifted[:hidden_rows] = self.c.codebook
+        places = self.position()[start:start + shifted.shape[1]]
+        return self.code_embed(shifted) + places
+
+    def hidden(self, s: Sequence, kvs=None, done=0, hide=0.):
+        """-> last hidden states at text and codes, [B, T (+ N), C].
+
+        kvs: keys and values of each layer, with which the first `done` positions of text and codes and
+        the picture need not be computed again (nor are they returned). hide: share of the rows, the
+        first ones, that do not see their own earlier codes."""
+        if kvs is None:
+            kvs = [KV() for _ in self.blocks]
+        N = len(self.rc)
+        T = s.text.shape[1]
+        turn, parts = s.turn, []
+        if done < T:
+            text = self.embed_text(s.text, turn)                                      # [B,T,C]
+            parts.append(text[:, done:])
         if s.codes is not None:
-            at[:, -N:] = self.rc         # a code stands where its source patch stands, text after them
-        rope = self.rope(at)
+            start = max(0, done - T)
+            codes = self.embed_codes(s.codes, start, hide)
+            parts.append(codes)
+            turn = F.pad(turn, (0, start + codes.shape[1]), value=1)                  # codes are turn 1
+        x = torch.cat(parts, 1)                                                       # [B,new,C]
+        see, at = self.places(turn, T, done)                                  # [B,new,T'], [B,new,2]
         if s.image is not None:
-            image, image_rope = self.embed_image(s.image), self.rope(self.rc[None])   # [B,N,C]
-            see = F.pad(see, (N, 0), value=True)                                      # [B,T,N+T]
+            see = F.pad(see, (N, 0), value=True)                                      # [B,new,N+T']
+        mask = torch.where(see, 0., -1e4).to(x.dtype)
+        mask = mask[:, None]                                                          # [B,1,new,N+T']
+        reading = s.image is not None and done == 0          # later the picture's keys are in kvs
+        if reading:
+            image = self.embed_image(s.image)                                         # [B,N,C]
             image0 = norm(image)
-        mask, x0 = torch.where(see, 0., -1e4).to(x.dtype)[:, None], norm(x)           # [B,1,T,keys]
-        for block, kv in zip(self.blocks, kvs or [KV() for _ in self.blocks]):
-            if s.image is not None:
+            image_rope = self.rope(self.rc[None])
+        x0 = norm(x)
+        rope = self.rope(at)
+        for block, kv in zip(self.blocks, kvs):
+            if reading:
                 image = block(image, image0, image_rope, None, kv)
             x = block(x, x0, rope, mask, kv)
         return norm(x)
 
+    def places(self, turn, T: int, done: int):
+        """turn [B, T'] of text, T positions, and codes -> for the positions from `done` on: whom they
+        see [B, new, T'], the earlier ones of their turn, and where they stand [B, new, 2]."""
+        total = turn.shape[1]
+        order = torch.arange(total, device=turn.device)
+        earlier = order <= order[done:, None]                                         # [new,T']
+        same = turn[:, done:, None] == turn[:, None, :]                               # [B,new,T']
+        see = same & earlier
+        # Text stands on the diagonal beyond the picture, as far as the number of tokens that it sees
+        at = self.c.grid - 1 + see.sum(-1)                                            # [B,new]
+        at = torch.stack([at, at], -1)                                                # [B,new,2]
+        start = max(0, done - T)                             # first new code
+        codes = total - T - start                            # how many are new
+        if codes > 0:
+            at[:, -codes:] = self.rc[start:start + codes]    # a code stands where its source stands
+        return see, at
+
     def forward(self, s: Sequence, hide=0.):
         """-> (text loss, pixel loss): mean cross-entropy of each head in nats, None without a target."""
-        x, text, pixel = self.hidden(s, hide=hide), None, None
-        if s.target is not None and (keep := s.target >= 0).any():
-            text = F.cross_entropy(self.text_head(x[:, :s.text.shape[1]][keep]).float(), s.target[keep])
+        x = self.hidden(s, hide=hide)                                                 # [B,T+N,C]
+        T = s.text.shape[1]
+        text = pixel = None
+        if s.target is not None:
+            asked = s.target >= 0                                                     # [B,T]
+            if asked.any():
+                logits = self.text_head(x[:, :T][asked])                              # [targets,V]
+                text = F.cross_entropy(logits.float(), s.target[asked])
         if s.codes is not None:
-            logits = self.pixel_head(x[:, -s.codes.shape[1]:])                        # [B,N,K]
-            pixel = F.cross_entropy(logits.flatten(0, 1).float(), s.codes.flatten())
+            logits = self.pixel_head(x[:, T:]).flatten(0, 1)                          # [B*N,K]
+            pixel = F.cross_entropy(logits.float(), s.codes.flatten())
         return text, pixel
 
     @torch.no_grad()
-    def generate(self, s: Sequence, first: int | None = None, stop: int = -1, length: int = 32, cfg=1.,
-                 temperature=1., top_k=0, generator=None):
-        """Continue [picture][text], one turn per row, token by token with a preallocated KV cache.
+    def generate(self, s: Sequence, first=None, stop=-1, length=32, cfg=1., temperature=1., top_k=0,
+                 generator=None):
+        """Continue [picture][text], one turn per row, token by token with a KV cache.
 
         first: None draws the N codes of a picture; else the text token that opens an answer, of at most
         `length` tokens, ended by `stop`. cfg: classifier-free guidance scale g, logits u + g (c - u), u
         without the text (Ho & Salimans 2022, eq. 6, g = 1 + w); 1 = off. -> tokens [B, n].
         """
-        (B, T), H, draw, guided = s.text.shape, self.c.n_head, first is None, cfg != 1
-        if guided:                         # second half of the batch: the same without its text
-            image = None if s.image is None else torch.cat([s.image, s.image])
-            turn = torch.cat([s.turn, torch.full_like(s.turn, -1)])                   # [2B,T]
-            s = Sequence(s.text.repeat(2, 1), turn, None, image)
-        length, known = len(self.rc) if draw else length, 0 if s.image is None else len(self.rc)
-        size = (2, len(s.text), H, known + T + length, self.c.n_embd // H)
-        kvs = [KV(torch.zeros(size, device=s.text.device, dtype=self.row.dtype)) for _ in self.blocks]
-        self.hidden(s, kvs)                # fills the cache
-        see = F.pad(F.pad(s.turn == 1, (known, 0), value=True), (0, length), value=True)    # [B,keys]
-        mask = torch.where(see, 0., -1e4)[:, None, None]                              # [B,1,1,keys]
-        told = (s.turn == 1).sum(1, keepdim=True)                                     # [B,1]
-        back = told + torch.arange(-3, 0, device=told.device)                         # [B,3]
-        ids, turn = s.text.gather(1, back.clamp(min=0)), torch.where(back < 0, -1, 1)
-        token = torch.full_like(told[:, 0], self.c.codebook if draw else first)       # [B or 2B]
-        tokens, done = [], torch.zeros_like(token[:B], dtype=torch.bool)
-        for i in range(length):
-            if draw:
-                x, at = self.code_embed(token) + self.position()[i], self.rc[None, i:i + 1]   # [B,C]
-            else:
-                ids, turn = torch.cat([ids, token[:, None]], 1), F.pad(turn, (0, 1), value=1)
-                x = self.embed_text(ids, turn)[:, -1]                                 # [B,C]
-                at = (self.c.grid + told + i)[..., None].repeat(1, 1, 2)              # [B,1,2]
-            x0, rope = norm(x := x[:, None]), self.rope(at)                           # [B,1,C]
-            for block, kv in zip(self.blocks, kvs):
-                x = block(x, x0, rope, mask[..., :kv.used + 1], kv)
-            logits = (self.pixel_head if draw else self.text_head)(norm(x)[:, 0]).float()  # [B,K or V]
+        B, N, H = len(s.text), len(self.rc), self.c.n_head
+        D = self.c.n_embd // H
+        guided = cfg != 1
+        s = padded_in_front(s)
+        if guided:
+            s = with_and_without_text(s)                                              # 2B rows
+        copies = len(s.text) // B
+        if first is None:
+            head, length = self.pixel_head, N
+            s.codes = s.text[:, :0]                          # none is known yet
+        else:
+            head = self.text_head
+            s = continued(s, s.text.new_full((copies * B,), first))
+        most = N + s.text.shape[1] + length
+        kvs = [BufferedKV(copies * B, H, most, D, self.row) for _ in self.blocks]
+        tokens, done = [], 0
+        ended = s.text.new_zeros(B, dtype=torch.bool)
+        for _ in range(length):
+            x = self.hidden(s, kvs, done)                                             # [rows,new,C]
+            done += x.shape[1]
+            logits = head(x[:, -1]).float()                                           # [rows,K or V]
             if guided:
                 c, u = logits.chunk(2)
-                logits = u + cfg * (c - u)
-            tokens.append(pick(logits, temperature, top_k, generator))                # [B]
-            if (done := done | (tokens[-1] == stop)).all():
+                logits = u + cfg * (c - u)                                            # [B,K or V]
+            token = pick(logits, temperature, top_k, generator)                       # [B]
+            tokens.append(token)
+            ended = ended | (token == stop)
+            if ended.all():
                 break
-            token = tokens[-1].repeat(1 + guided)
+            s = continued(s, token.repeat(copies))
         return torch.stack(tokens, 1)                                                 # [B,n]
+
+
+# ---- writing and drawing, token by token ----
+def padded_in_front(s: Sequence) -> Sequence:
+    """The same rows with their padding before the text, so that what is written follows the text."""
+    T = s.text.shape[1]
+    padding = (s.turn < 0).sum(1, keepdim=True)                                       # [B,1]
+    place = torch.arange(T, device=padding.device)                                    # [T]
+    order = (place - padding) % T                                                     # [B,T]
+    text = s.text.gather(1, order)
+    turn = s.turn.gather(1, order)
+    return Sequence(text, turn, image=s.image)
+
+
+def with_and_without_text(s: Sequence) -> Sequence:
+    """Twice as many rows: in the second half nobody sees the text. For guidance."""
+    unseen = torch.full_like(s.turn, -1)
+    turn = torch.cat([s.turn, unseen])                                                # [2B,T]
+    text = torch.cat([s.text, s.text])                                                # [2B,T]
+    image = s.image
+    if image is not None:
+        image = torch.cat([image, image])
+    return Sequence(text, turn, image=image)
+
+
+def continued(s: Sequence, token) -> Sequence:
+    """The sequence with one more token [B], a code where codes are being drawn, else text."""
+    token = token[:, None]                                                            # [B,1]
+    if s.codes is not None:
+        codes = torch.cat([s.codes, token], 1)                                        # [B,n+1]
+        return Sequence(s.text, s.turn, image=s.image, codes=codes)
+    text = torch.cat([s.text, token], 1)                                              # [B,T+1]
+    turn = F.pad(s.turn, (0, 1), value=1)
+    return Sequence(text, turn, image=s.image)
+
 
 def pick(logits, temperature: float, top_k: int, generator=None):
     """Sample one token per row of logits [B, K]; temperature 0 (< 1e-4): the likeliest; top_k 0: all."""
     if temperature < 1e-4:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        likeliest, _ = logits.topk(top_k)                                             # [B,top_k]
+        unlikely = logits < likeliest[:, -1:]
+        logits = logits.masked_fill(unlikely, -torch.inf)
+    chances = (logits / temperature).softmax(-1)                                      # [B,K]
+    token = torch.multinomial(chances, 1, generator=generator)                        # [B,1]
+    return token[:, 0]
+
 
 def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
     """The texts that continue [picture][prompt]; how: as in UMM.generate."""
-    return [text.decode(row) for row in umm.generate(s, text.answer, text.end, length, **how).tolist()]
+    tokens = umm.generate(s, text.answer, text.end, length, **how)
+    return [text.decode(row) for row in tokens.tolist()]
+
 
 def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
     """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
-    asked = pack(text, [[(prompt, None)] for prompt in prompts], device=umm.row.device)
-    plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=float(temperature > 0))
-    planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=umm.row.device)
-    return umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how), plans
+    device = umm.row.device
+    asked = pack(text, [[(prompt, None)] for prompt in prompts], device=device)
+    plan_temperature = 1. if temperature > 0 else 0.
+    plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=plan_temperature)
+    planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=device)
+    how = dict(how, generator=generator, temperature=temperature, top_k=top_k)
+    return umm.generate(planned, **how), plans
+
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
 def save(path, tensors: dict, meta: dict):
     """Write tensors and meta to `path`, whole or not at all: a temporary file, fsync, then rename."""
-    path, part = Path(path), Path(f'{path}.part')
+    path = Path(path)
+    part = Path(f'{path}.part')
+    tensors = {k: t.detach().contiguous() for k, t in tensors.items()}
     try:
-        tensors = {k: t.detach().contiguous() for k, t in tensors.items()}
         save_file(tensors, part, {'nanoumm': json.dumps(meta)})
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
@@ -376,31 +589,69 @@ def save(path, tensors: dict, meta: dict):
         raise UserError(f'cannot write {path}: {e}; free some space or choose another --out. '
                         'The previous file, if any, is untouched')
 
+
+def state_of(tok: VQTokenizer, umm: UMM) -> dict:
+    """All tensors of both networks by the names that a checkpoint gives them."""
+    tensors = {}
+    for name, network in (('tokenizer', tok), ('umm', umm)):
+        for key, tensor in network.state_dict().items():
+            tensors[f'{name}.{key}'] = tensor
+    return tensors
+
+
+def check_config(c: Config, text: Text):
+    """ValueError for a Config that no network here can have: it may come from a stranger's file."""
+    for name, default in vars(Config()).items():
+        value = getattr(c, name)
+        if type(value) is not type(default):
+            raise ValueError(f'{name} is {value!r:.40}')
+        if type(value) is int and not 0 < value <= 2**18:
+            raise ValueError(f'{name} is {value}')
+    if max(c.n_layer, c.vq_depth, c.size) > 512:
+        raise ValueError('n_layer, vq_depth or size is more than 512')
+    if c.vocab != text.size:
+        raise ValueError(f'vocab is {c.vocab}, there are {text.size} tokens')
+    if c.size % c.patch:
+        raise ValueError(f'size is {c.size}, no multiple of patch')
+    if c.vq_width % 8:
+        raise ValueError(f'vq_width is {c.vq_width}, no multiple of 8')
+    if c.n_embd % (4 * c.n_head):
+        raise ValueError(f'n_embd is {c.n_embd}, no multiple of 4 * n_head')
+
+
+def read_checkpoint(path):
+    """-> (config, text, tensors, meta) of a file; what is no checkpoint raises one of many errors."""
+    with safe_open(path, 'pt') as f:
+        meta = json.loads(f.metadata()['nanoumm'])
+        tensors = {k: f.get_tensor(k).clone() for k in f.keys()}         # not a view of the file
+    for key, kind in (('step', int), ('lines', int), ('settings', dict)):
+        if type(meta[key]) is not kind:
+            raise TypeError(f'{key} is {meta[key]!r:.40}')
+    tokens = [bytes.fromhex(t) for t in meta['text']]
+    return Config(**meta['config']), Text(tokens), tensors, meta
+
+
 def load(path, device='cpu'):
     """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not sound."""
     if not Path(path).is_file():
         raise UserError(f'no checkpoint {path}: make one with `python train.py`, or name yours')
     try:
-        with safe_open(path, 'pt') as f:
-            meta = json.loads(f.metadata()['nanoumm'])
-            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}   # not mapped
-        c, text = Config(**meta['config']), Text([bytes.fromhex(t) for t in meta['text']])
-        range(meta['step']), range(meta['lines']), dict(meta['settings'])     # TypeError if foreign
+        c, text, tensors, meta = read_checkpoint(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not a whole nanoUMM checkpoint ({type(e).__name__}: {str(e)[:80]}); '
-                        'train again or copy it anew')
-    sane = all(type(v) is type(vars(Config())[k]) and (type(v) is str or 0 < v <= 2**18)
-               for k, v in vars(c).items()) and max(c.n_layer, c.vq_depth, c.size) <= 512
-    if not sane or c.vocab != text.size or c.size % c.patch or c.vq_width % 8 or c.n_embd % (4*c.n_head):
-        raise UserError(f'{path} has an impossible config: {vars(c)}; train again')
+        why = f'{type(e).__name__}: {str(e)[:80]}'
+        raise UserError(f'{path} is not a whole nanoUMM checkpoint ({why}); train again or copy it anew')
+    try:
+        check_config(c, text)
+    except ValueError as e:
+        raise UserError(f'{path} has an impossible config: {e}; train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
-        want = {f'{n}.{k}': t for n, m in (('tokenizer', VQTokenizer(c)), ('umm', UMM(c)))
-                for k, t in m.state_dict().items()}
-    if bad := [k for k, t in want.items() if k not in tensors or tensors[k].shape != t.shape
-               or tensors[k].dtype != t.dtype or not tensors[k].isfinite().all()]:
-        raise UserError(f'{path}: tensor {bad[0]} is missing, misshapen or not finite; train again')
+        wanted = state_of(VQTokenizer(c), UMM(c))
+    for name, want in wanted.items():
+        found = tensors.get(name, torch.empty(0))
+        alike = found.shape == want.shape and found.dtype == want.dtype
+        if not alike or not found.isfinite().all():
+            raise UserError(f'{path}: tensor {name} is missing, misshapen or not finite; train again')
     tok, umm = VQTokenizer(c), UMM(c)
-    for name, m in (('tokenizer', tok), ('umm', umm)):
-        m.load_state_dict({k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + '.')})
-        m.to(device).eval()
-    return tok, umm, text, tensors, meta
+    for name, place in state_of(tok, umm).items():
+        place.copy_(tensors[name])
+    return tok.to(device).eval(), umm.to(device).eval(), text, tensors, meta

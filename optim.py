@@ -42,8 +42,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model, lr, muon_lr):
     """Muon for the hidden matrices and convolutions of blocks, AdamW for all else."""
-    inner = lambda name, p: p.ndim > 1 and (name.startswith('blocks.') or '.conv' in name)
-    hidden, rest = ([p for n, p in model.named_parameters() if inner(n, p) is x] for x in (True, False))
+    hidden = model.hidden_matrices()
+    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
     return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)]
 
 # ---- several processes, started by torchrun: each works on its part of every batch ----

@@ -181,7 +181,7 @@ class Run:
 # ---- how fast this machine is, and in what ----
 def seconds_a_step(run: Run, dtype: str, threads: int, limit=math.inf) -> float:
     """Time the forward and backward pass of a step of post-training: best of three, the first warms up.
-    Slower than `limit` or than 3 seconds, it is not tried again. Nothing is learned: there is no optimizer."""
+    Slower than `limit` or 3 seconds, it is not tried again. Nothing is learned: there is no optimizer."""
     s, best = run.s, math.inf
     s.dtype, s.threads = dtype, threads
     torch.set_num_threads(threads)

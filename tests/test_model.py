@@ -158,7 +158,7 @@ def test_the_picture_is_read_in_both_directions(umm):
     image = s.image.clone()
     image[..., -1] = (image[..., -1] + 1) % 32 if umm.c.image_input == 'code' else 1 - image[..., -1]
     umm.hidden(Sequence(s.text, s.turn, image=image), kvs[1])
-    assert not torch.allclose(kvs[0][1].kv[0][:, :, 0], kvs[1][1].kv[0][:, :, 0])
+    assert not torch.allclose(kvs[0][1].k[:, :, 0], kvs[1][1].k[:, :, 0])
 
 
 @pytest.fixture
