@@ -1,9 +1,9 @@
-"""All that the model sees: scenes, their renderings, proxy targets, captions, questions and text tokens.
+"""All that the model sees: data sets, scenes, renderings, maps, captions, questions, text tokens.
 
-A scene holds 1-4 objects (shape, colour, position, depth) on a textured grey background. Everything is
-exact and free: class, instance and depth of each pixel, answers to questions. A scene is a pure
-function of (seed, split, index): nothing is stored; train, val and test never meet.
-Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the top left corner.
+A scene of the procedural world holds 1-4 objects (shape, colour, position, depth) on a textured grey
+background. Everything is exact and free: class, instance and depth of each pixel, answers to questions.
+A scene is a pure function of (seed, split, stream, index): nothing is stored; train, val and test never
+meet. Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the top left corner.
 """
 import contextlib
 import ctypes
@@ -12,10 +12,12 @@ import os
 import random
 import re
 import sys
-from collections import Counter, namedtuple
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, takewhile
+from itertools import product, takewhile
+from typing import NamedTuple
 
 # OpenMP's threads wait for each other in a loop that keeps their cores busy. Beside another program
 # that costs several times what it saves, so they give up after some microseconds. OpenMP reads this
@@ -27,39 +29,29 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
-COLOURS = {'red': (.90, .12, .12), 'green': (.12, .68, .20), 'blue': (.12, .28, .95),
-           'yellow': (.96, .86, .10), 'purple': (.72, .18, .85), 'cyan': (.10, .82, .85)}
-CLASSES = ('background',) + SHAPES
-# The one statement of the segmentation palette: row = class. Corners of the RGB cube are as far apart as
-# six colours can be, and the map from class to colour is fixed, so there is a single right answer.
-PALETTE = torch.tensor([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)])
-CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
-PLURAL = {name: name + ('es' if name.endswith('s') else 's') for name in SHAPES}
-NUMBERS = ('zero', 'one', 'two', 'three', 'four')
-CHANCE = {'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4,
-          'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30}
-VISUAL = tuple(CHANCE)         # types of question that need the picture
-REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
-KINDS = VISUAL * 2 + REASON    # what training asks, and how often; then, once shapes are known:
-FINDING = VISUAL + REASON + ('where', 'exist') * 7 + ('relation',) * 2 + ('distance',)
-NEAR, FAR = .265, .17          # radius of the nearest and of the farthest object
-SPLITS, MAX_TEXT, MAX_PLAN = ('train', 'val', 'test'), 512, 200       # longest text and plan, tokens
+SPLITS = ('train', 'val', 'test')
+MAX_TEXT = 512                 # tokens of the longest text
+MAX_PLAN = 200                 # tokens of the longest plan, which is written before a drawing
+
 
 class UserError(Exception):
     """What a user got wrong: what, which value, how to fix it."""
+
 
 def guard(main):
     """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
-        hint = ['(missing? no room? try --out)'] * isinstance(e, OSError)
-        print('error:', str(e) or 'stopped', *hint, file=sys.stderr)
+        message = f'error: {e}' if str(e) else 'error: stopped'
+        if isinstance(e, OSError):
+            message += ' (missing? no room? try --out)'
+        print(message, file=sys.stderr)
         sys.exit(2)
     except Exception:
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
         raise
+
 
 def find_device(name='auto') -> torch.device:
     """The one place where it is chosen; auto: cuda where there is one, else cpu."""
@@ -76,249 +68,198 @@ def find_device(name='auto') -> torch.device:
         libc.mallopt(-1, 2**31 - 1)
     return torch.device(name)
 
-def generator(seed: int, split: str, index: int, device='cpu') -> torch.Generator:
-    """A random source; of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
-    key = random.Random(f'{seed}/{index}').getrandbits(30) * 4 + SPLITS.index(split)
+
+# ---- random sources: what is drawn depends on (seed, split, stream, index) and on nothing else ----
+def generator(seed: int, split: str, stream: str, index: int, device='cpu') -> torch.Generator:
+    """For tensors. Of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
+    name = f'{seed}/{stream}/{index}'
+    hashed = random.Random(name).getrandbits(30)
+    key = hashed * 4 + SPLITS.index(split)
     return torch.Generator(device).manual_seed(key)
 
-# ---- scenes and their renderings ----
-class Scenes(namedtuple('Scenes', 'n shape colour cell xy z theme')):
-    """B scenes as tensors; slots are in reading order. n [B]: number of objects, 1 to 4, slots >= n are
-    empty; shape, colour, cell [B,4]: index into SHAPES, COLOURS, CELLS; xy [B,4,2]: centres; z [B,4]:
-    depth, 0 near to 1 far; theme [B]: what may be counted, 0-4 a shape, 5-10 a colour, -1 nothing."""
-    radius = property(lambda self: NEAR + (FAR - NEAR) * self.z)                      # [B,4]
 
-class Object(namedtuple('Object', 'shape colour cell x y z')):
-    """One object of one scene, for the text functions: names of shape and colour, then as in Scenes."""
-    name = property(lambda self: f'{self.colour} {self.shape}')
+def python_random(seed: int, split: str, stream: str, index: int) -> random.Random:
+    """For words and choices."""
+    return random.Random(f'{seed}/{split}/{stream}/{index}')
 
-def sample_scenes(B: int, g: torch.Generator) -> Scenes:
-    """Draw B scenes. A (colour, shape) pair occurs once at most: a name means one object. 40% have a
-    theme: a shape or colour of exactly c objects, P(c) = 1/5, n is uniform: no count can be guessed."""
-    S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
-    rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device)
-    joint = torch.tensor([[.125, .125, 0, 0, 0], [.025, .025, .2, 0, 0],      # rows n = 1-4, columns c
-                          [.025, .025, 0, .2, 0], [.025, .025, 0, 0, .2]], device=g.device)
-    pick = torch.multinomial(joint.flatten(), B, replacement=True, generator=g)       # [B]
-    theme = torch.where(rand(B) < .4, (rand(B) * (S + C)).long(), -1)                 # [B]
-    n, c = pick // 5 + 1, torch.where(theme >= 0, pick % 5, 0)[:, None]               # [B], [B,1]
-    pair = torch.arange(S * C, device=g.device)
-    has = ((pair // C == theme[:, None]) | (pair % C + S == theme[:, None])).float()  # [B,30]
-    score, slot = rand(B, S * C), torch.arange(M, device=g.device).expand(B, M)
-    inside, outside = (score + has).topk(M).indices, (score - has).topk(M).indices    # [B,4] distinct
-    pairs = torch.where(slot < c, inside, outside.gather(1, (slot - c).clamp(min=0)))
-    cell = rand(B, M).argsort(1)                                                      # [B,4]
-    order = torch.where(slot < n[:, None], cell, cell + M).argsort(1)                 # empty slots last
-    cell, pairs = cell.gather(1, order), pairs.gather(1, order)
-    xy = (torch.stack([cell % 2, cell // 2], -1) + .5) / 2 + (rand(B, M, 2) - .5) * .12
-    return Scenes(n, pairs // C, pairs % C, cell, xy, rand(B, M), theme)
 
-def distance_field(shape: int, x, y):
-    """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
-    box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
-    return {'circle': lambda: torch.hypot(x, y) - .95,
-            'square': lambda: box(.82, .82),
-            'triangle': lambda: torch.maximum(x.abs() * .866 - (y - .15) * .5, y - .15) - .58,
-            'cross': lambda: torch.minimum(box(1, .32), box(.32, 1)),
-            'ring': lambda: (torch.hypot(x, y) - .70).abs() - .25}[SHAPES[shape]]()
+# ---- pictures and their annotations ----
+# The one statement of the segmentation palette: row = class. Corners of the RGB cube are as far apart as
+# six colours can be, and the map from class to colour is fixed, so there is a single right answer.
+PALETTE = torch.tensor([
+    (0, 0, 0),                 # background: black
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (255, 255, 0),
+    (255, 0, 255),
+])
 
-class Rendering(namedtuple('Rendering', 'image classes instance depth palette', defaults=[PALETTE])):
-    """Pictures, exactly annotated. image [B,3,S,S] in [0, 1]: all that a model may see; classes [B,S,S]:
-    row of the palette, 255 = ignored; instance [B,S,S]: slot of the object + 1, 0 = background; depth
-    [B,S,S]: nearness, 0 = background, 1 = nearest."""
 
-def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
-    """Draw scenes at size x size pixels, far to near, anti-aliased; g: texture and noise."""
-    B, device = len(s.n), s.n.device
-    rand = lambda *shape: torch.rand(*shape, generator=g, device=g.device).to(device)
-    axis = (torch.arange(size, device=device) + .5) / size
-    X, Y = axis.expand(1, size, size), axis[:, None].expand(1, size, size)
-    most = torch.tensor([math.pi, 2 * math.pi, 4, .05], device=device)
-    angle, phase, freq, amp = rand(4, B, 1, 1) * most[:, None, None, None]            # [B,1,1] each
-    stripes = amp * torch.sin(2 * math.pi * (freq + 2) * (X * angle.cos() + Y * angle.sin()) + phase)
-    image = .3 + .4 * rand(B, 1, 1, 1) + .06 * (rand(B, 3, 1, 1) - .5) + stripes[:, None]  # [B,3,S,S]
-    instance = torch.zeros(B, size, size, dtype=torch.long, device=device)
-    rgb = torch.tensor(list(COLOURS.values()), device=device)
-    for slot in s.z.argsort(1, descending=True).T:                                    # [B]
-        pick = lambda t: t[torch.arange(B, device=device), slot]
-        shape, (x, y), r = pick(s.shape), pick(s.xy).T[..., None, None], pick(s.radius)[:, None, None]
-        x, y = (X - x) / r, (Y - y) / r                                               # [B,S,S]
-        d = torch.full((B, size, size), 9., device=device)
-        for k in range(len(SHAPES)):
-            rows = ((shape == k) & (slot < s.n)).nonzero()[:, 0]
-            d[rows] = distance_field(k, x[rows], y[rows])
-        alpha = (.5 - d * r * size).clamp(0, 1)                                       # [B,S,S]
-        image = torch.lerp(image, rgb[pick(s.colour)][:, :, None, None], alpha[:, None])
-        instance = torch.where(alpha >= .5, slot[:, None, None] + 1, instance)
-    look_up = lambda t: F.pad(t, (1, 0)).gather(1, instance.flatten(1)).view_as(instance)  # [B,S,S]
-    image = image + .015 * torch.randn(image.shape, generator=g, device=g.device).to(device)
-    return Rendering(image.clamp(0, 1), look_up(s.shape + 1), instance, look_up(1 - .75 * s.z))
+class Rendering(NamedTuple):
+    """B pictures and what is known of each pixel."""
+    image: torch.Tensor              # [B,3,S,S] in [0, 1]: all that a model may see
+    classes: torch.Tensor            # [B,S,S] row of the palette, 255 = ignored
+    instance: torch.Tensor           # [B,S,S] number of the object, 0 = background
+    depth: torch.Tensor              # [B,S,S] nearness, 0 = background, 1 = nearest
+    palette: torch.Tensor = PALETTE  # [classes,3]
 
-def objects(s: Scenes) -> list[list[Object]]:
-    """The scenes as lists of Object in reading order."""
-    names, rows = list(COLOURS), zip(*(t.tolist() for t in s))
-    return [[Object(SHAPES[shape[k]], names[colour[k]], cell[k], *xy[k], z[k]) for k in range(n)]
-            for n, shape, colour, cell, xy, z, _ in rows]
 
-# ---- proxy targets, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
+# ---- maps, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
 def seg(r: Rendering):
     """Semantic segmentation: the palette colour of each pixel's class, never blended."""
-    rgb = r.palette.to(r.image.device)[r.classes % 255]             # ignored pixels as background
-    return (rgb / 255).permute(0, 3, 1, 2)                                            # [B,3,S,S]
+    palette = r.palette.to(r.image.device)
+    rgb = palette[r.classes % 255] / 255                   # ignored pixels as background
+    return rgb.permute(0, 3, 1, 2)                                                    # [B,3,S,S]
 
-def edge(r: Rendering):
-    """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
-    grey = F.pad(r.image.mean(1, keepdim=True), (1,) * 4, mode='replicate')           # [B,1,S+2,S+2]
-    kx = torch.tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]], device=grey.device)
-    g = F.conv2d(grey, torch.stack([kx, kx.T])[:, None])                              # [B,2,S,S]
-    return g.norm(dim=1, keepdim=True).clamp(max=1).expand_as(r.image)                # [B,3,S,S]
 
 def instance(r: Rendering):
     """Class-agnostic instances, as SAM's: colours differ within a picture and mean nothing beyond it."""
-    turn = (r.image.mean((1, 2, 3)) * 1e6).long()[:, None, None]                      # [B,1,1]
-    return seg(r._replace(classes=(r.instance > 0) * ((r.instance + turn) % 5 + 1)))
+    turn = (r.image.mean((1, 2, 3)) * 1e6).long()                                     # [B]
+    colour = (r.instance + turn[:, None, None]) % 5 + 1                               # [B,S,S]
+    colour = colour * (r.instance > 0)
+    return seg(r._replace(classes=colour))
 
-MAPS = {'seg': seg, 'instance': instance, 'edge': edge,
-        'depth': lambda r: r.depth[:, None].expand_as(r.image)}                       # near = bright
-# Restoration: the input is x [B,3,S,S] spoilt (u: random numbers of that size), the target the picture.
-SPOIL = {'denoise': lambda x, u: (x + .7 * (u - .5)).clamp(0, 1),
-         'deblur': lambda x, u: F.avg_pool2d(F.pad(x, (3,) * 4, mode='replicate'), 7, 1),
-         'superres': lambda x, u: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4.),
-         'inpaint': lambda x, u: torch.where(F.interpolate(u[:, :1, ::8, ::8], x.shape[2:]) < .4, .5, x)}
-PROXIES = MAPS | dict.fromkeys(('recon', *SPOIL), lambda r: r.image)
 
-# ---- text; objects are listed in reading order: one right order leaves less to guess per word ----
-STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 3, 'count': 4}      # captions: how often
-WORDS = {
-    'draw': ('{}', 'draw {}', 'a picture of {}'), 'list': ('describe the picture.', 'what do you see?'),
-    'place': ('describe the picture with places.', 'what is where?'),
-    'seg': ('segment the picture.', 'color every object by its class.', 'show the segmentation map.'),
-    'instance': ('segment every object.', 'color every object.', 'show every object.'),
-    'depth map': ('estimate the depth.', 'color every object by its distance.', 'show the depth map.'),
-    'edge': ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
-    'recon': ('copy the picture.', 'draw every object again.', 'show the same picture.'),
-    'exist': ('is there a {}?', 'do you see a {}?'), 'sum': ('what is {} plus {}?', 'add {} and {}.'),
-    'colour': ('what color is the {}?', 'name the color of the {}.'),
-    'shape': ('what shape is the {} object?', 'name the {} shape.'),
-    'relation': ('where is the {} relative to the {}?', 'on which side is the {} of the {}?'),
-    'depth': ('which is closer, the {} or the {}?', 'what is nearer to you, the {} or the {}?'),
-    'distance': ('which is nearest to the {}, the {} or the {}?',
-                 'what is next to the {}, the {} or the {}?'),
-    'where': ('where is the {}?', 'find the {}.'), 'count': ('how many {} are there?', 'count the {}.'),
-    'what': ('what is at the {}?', 'name the object at the {}.'),
-    'size': ('is the {} small or large?', 'how large is the {}?'),
-    'more': ('which is more, {} or {}?', 'what is larger, {} or {}?')}
+def edge(r: Rendering):
+    """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
+    grey = r.image.mean(1, keepdim=True)                                              # [B,1,S,S]
+    grey = F.pad(grey, (1, 1, 1, 1), mode='replicate')                                # [B,1,S+2,S+2]
+    across = torch.tensor([
+        [-1., 0., 1.],
+        [-2., 0., 2.],
+        [-1., 0., 1.],
+    ], device=grey.device)
+    kernels = torch.stack([across, across.T])[:, None]                                # [2,1,3,3]
+    gradient = F.conv2d(grey, kernels)                                                # [B,2,S,S]
+    strength = gradient.norm(dim=1, keepdim=True).clamp(max=1)                        # [B,1,S,S]
+    return strength.expand_as(r.image)                                                # [B,3,S,S]
 
-def relation(a: Object, b: Object, margin=1.5):
-    """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None if not clear-cut."""
-    dx, dy = a.x - b.x, a.y - b.y
-    if abs(dx) > margin * abs(dy):
-        return 'left of' if dx < 0 else 'right of'
-    if abs(dy) > margin * abs(dx):
-        return 'above' if dy < 0 else 'below'
 
-def caption(objs: list[Object], style: str, rng: random.Random):
-    """A caption in one of STYLES, or None where the style does not fit the objects."""
-    names = [f'a {o.shape if style == "bare" else o.name}' for o in objs]
-    if style == 'place':
-        return ', '.join(f'{CELLS[o.cell]} {name}' for o, name in zip(objs, names))
-    if style == 'relation' and len(objs) == 2:
-        a, b = rng.sample(objs, 2)
-        return relation(a, b) and f'a {a.name} {relation(a, b)} a {b.name}'
-    if style == 'count' and len(objs) > 1 and len({o.shape for o in objs}) == 1:
-        return f'{NUMBERS[len(objs)]} {PLURAL[objs[0].shape]}'
-    if style == 'list' or (style == 'bare' and len(objs) <= 2):
-        return ' and '.join(', '.join(names).rsplit(', ', 1))
+def depth(r: Rendering):
+    """Nearness as grey: near = bright."""
+    return r.depth[:, None].expand_as(r.image)                                        # [B,3,S,S]
 
-class Questions:
-    """Questions about one scene, balanced given their words: blind guesses stay at CHANCE."""
 
-    def __init__(self, objs: list[Object], theme: int, rng: random.Random):
-        self.objs, self.theme, self.rng = objs, theme, rng
+def picture(r: Rendering):
+    """The picture itself."""
+    return r.image
 
-    def ask(self, kind: str):
-        """-> (question, answer) as text, or None where the scene allows no such question."""
-        if kind in ('count', 'exist'):
-            words, answer = getattr(self, kind)()
-        elif kind in REASON:
-            answer = str((sum if kind == 'sum' else max)(words := self.rng.sample(range(10), 2)))
-        elif found := self.about(kind):
-            words, answer = self.rng.choice(found)
-            if kind in ('depth', 'distance'):              # the right one of the last two may be either
-                words = words[:-2] + self.rng.sample(words[-2:], 2)
-        else:
-            return None
-        return self.rng.choice(WORDS[kind]).format(*words), answer
 
-    def about(self, kind: str) -> list:
-        """All [words to fill in], answer of a type of question with one right answer here."""
-        objs, gap = self.objs, lambda a, b: math.hypot(a.x - b.x, a.y - b.y)
-        pairs = [(a, b) for a in objs for b in objs]
-        times = lambda word: sum(word in (o.shape, o.colour) for o in objs)
-        return {
-            'colour': lambda: [([o.shape], o.colour) for o in objs if times(o.shape) == 1],
-            'shape': lambda: [([o.colour], o.shape) for o in objs if times(o.colour) == 1],
-            'relation': lambda: [([a.name, b.name], s.replace(' of', ''))
-                                 for a, b in pairs if (s := relation(a, b))],
-            'depth': lambda: [([a.name, b.name], a.name) for a, b in pairs if a.z < b.z - .3],
-            'distance': lambda: [([x.name, a.name, b.name], a.name) for x in objs for a, b in pairs
-                                 if 0 < gap(x, a) < gap(x, b) - .12],
-            'where': lambda: [([o.name], CELLS[o.cell]) for o in objs],
-            'size': lambda: [([o.name], ('large', 'small')[o.z > .5]) for o in objs
-                             if abs(o.z - .5) > .1],
-            'what': lambda: [([CELLS[o.cell]], o.name) for o in objs]}[kind]()
+# How the input of a restoration is spoilt: x [B,3,S,S], u random numbers of that size -> [B,3,S,S]
+def noisy(x, u):
+    """Uniform noise of +-.35, clipped."""
+    return (x + .7 * (u - .5)).clamp(0, 1)
 
-    def count(self):
-        if self.theme < 0 or self.rng.random() < .3:
-            return ['objects'], str(len(self.objs))
-        name = (SHAPES + tuple(COLOURS))[self.theme]
-        words = [PLURAL[name] if name in SHAPES else f'{name} objects']
-        return words, str(sum(name in (o.shape, o.colour) for o in self.objs))
 
-    def exist(self):
-        """'no' recombines colours and shapes that are there if possible (as POPE's adversarial)."""
-        if self.rng.random() < .5:
-            return [self.rng.choice(self.objs).name], 'yes'
-        shapes, colours = {o.shape for o in self.objs}, {o.colour for o in self.objs}
-        hard = {f'{c} {s}' for c in colours for s in shapes} - {o.name for o in self.objs}
-        half = {f'{c} {s}' for c in COLOURS for s in SHAPES if (c in colours) != (s in shapes)}
-        return [self.rng.choice(sorted(hard or half))], 'no'
+def blurred(x, u):
+    """The mean of 7 x 7 pixels around each."""
+    padded = F.pad(x, (3, 3, 3, 3), mode='replicate')                                 # [B,3,S+6,S+6]
+    return F.avg_pool2d(padded, 7, 1)                                                 # [B,3,S,S]
 
-# ---- text tokens and sequences ----
+
+def coarse(x, u):
+    """A quarter of the resolution."""
+    return F.interpolate(F.avg_pool2d(x, 4), scale_factor=4.)                         # [B,3,S,S]
+
+
+def with_holes(x, u):
+    """40% of the squares of 8 x 8 pixels made grey."""
+    chance = u[:, :1, ::8, ::8]                            # one number for 8 x 8 pixels
+    squares = F.interpolate(chance, x.shape[2:])                                      # [B,1,S,S]
+    return torch.where(squares < .4, .5, x)
+
+
+@dataclass(frozen=True)
+class Map:
+    """All that the project knows of one kind of map."""
+    draw: Callable                   # Rendering -> [B,3,S,S] in [0, 1], the target
+    words: tuple                     # instructions in words, one is drawn at random
+    needs: str                       # field of Rendering that must be annotated; 'image': nothing
+    colour: str                      # in figures
+    spoil: Callable | None = None    # (pictures, random numbers) -> the input; None: the picture itself
+
+
+AGAIN = ('copy the picture.', 'draw every object again.', 'show the same picture.')
+MAPS = {
+    'seg': Map(seg, ('segment the picture.', 'color every object by its class.',
+                     'show the segmentation map.'), 'classes', '#d62728'),
+    'instance': Map(instance, ('segment every object.', 'color every object.', 'show every object.'),
+                    'instance', '#ff7f0e'),
+    'edge': Map(edge, ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
+                'image', '#1f77b4'),
+    'depth': Map(depth, ('estimate the depth.', 'color every object by its distance.',
+                         'show the depth map.'), 'depth', '#9467bd'),
+    'recon': Map(picture, AGAIN, 'image', '#2ca02c'),
+    'denoise': Map(picture, AGAIN, 'image', '#8c564b', noisy),
+    'deblur': Map(picture, AGAIN, 'image', '#e377c2', blurred),
+    'superres': Map(picture, AGAIN, 'image', '#17becf', coarse),
+    'inpaint': Map(picture, AGAIN, 'image', '#bcbd22', with_holes),
+}
+
+# ---- text tokens ----
+BYTES = [bytes([b]) for b in range(256)]
+
+
 class Text:
     """Text <-> token ids, byte-level BPE. No string encodes to the specials `answer` and `end`."""
 
     def __init__(self, vocab: list[bytes]):
-        self.vocab = list(vocab)
-        if vocab[:256] != [bytes([b]) for b in range(256)] or len(set(vocab)) < len(vocab):
+        twice = len(set(vocab)) < len(vocab)
+        if twice or vocab[:256] != BYTES:
             raise ValueError('a vocabulary starts with all bytes and names no token twice')
-        self.answer, self.end, self.size = len(vocab), len(vocab) + 1, len(vocab) + 2
+        self.vocab = list(vocab)
+        self.answer = len(vocab)                               # opens an answer or a plan
+        self.end = len(vocab) + 1                              # closes it
+        self.size = len(vocab) + 2
+        ranks = {token: i for i, token in enumerate(vocab)}
         self.bpe = tiktoken.Encoding('nanoumm', pat_str=r' ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+',
-                                     mergeable_ranks=dict(zip(vocab, count())), special_tokens={})
+                                     mergeable_ranks=ranks, special_tokens={})
         self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(' ' + ' '.join(text.lower().split())) if text.strip() else []
+        words = text.lower().split()
+        if not words:
+            return []
+        return self.bpe.encode_ordinary(' ' + ' '.join(words))
 
     def decode(self, ids) -> str:
-        ids = takewhile(lambda i: i != self.end, ids)            # what follows the end says nothing
-        return self.bpe.decode([i for i in ids if i < self.answer]).strip()
+        ids = takewhile(lambda i: i != self.end, ids)          # what follows the end says nothing
+        plain = [i for i in ids if i < self.answer]
+        return self.bpe.decode(plain).strip()
 
     @staticmethod
     def from_corpus(texts, size=512):
-        """Train BPE (Sennrich et al. 2016) on the distinct words of `texts`; deterministic."""
-        words = {w for t in texts for w in re.findall(r'\w+|[^\w\s]+', t.lower())}
-        words = [[bytes([b]) for b in (' ' + w).encode()] for w in sorted(words)]
-        vocab = [bytes([b]) for b in range(256)]
-        while len(vocab) < size - 2 and (pairs := Counter(p for w in words for p in zip(w, w[1:]))):
+        """Train BPE (Sennrich et al. 2016, algorithm 1) on the distinct words of `texts`: the most
+        frequent pair of neighbours becomes a token, again and again; deterministic."""
+        found = set()
+        for text in texts:
+            found.update(re.findall(r'\w+|[^\w\s]+', text.lower()))
+        words = []
+        for word in sorted(found):
+            words.append([bytes([b]) for b in f' {word}'.encode()])
+        vocab = list(BYTES)
+        while len(vocab) < size - 2:
+            pairs = Counter()
+            for word in words:
+                pairs.update(zip(word, word[1:]))
+            if not pairs:
+                break
             pair = max(pairs, key=lambda p: (pairs[p], p))
-            vocab.append(b''.join(pair))
-            for w in words:
-                for i in reversed(range(len(w) - 1)):
-                    if tuple(w[i:i + 2]) == pair:
-                        w[i:i + 2] = vocab[-1:]
+            vocab.append(pair[0] + pair[1])
+            for word in words:
+                merge(word, pair)
         return Text(vocab)
 
+
+def merge(word: list[bytes], pair: tuple):
+    """Make one token of each occurrence of the pair, in place, from the end of the word."""
+    for i in reversed(range(len(word) - 1)):
+        if (word[i], word[i + 1]) == pair:
+            word[i] += word.pop(i + 1)
+
+
+# ---- sequences ----
 @dataclass
 class Sequence:
     """A batch of [picture][text][codes]; picture and codes may be absent. The text is made of turns that
@@ -329,89 +270,615 @@ class Sequence:
     image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]; codes [B,N] for image_input code
     codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
 
+
+def tokens_of(text: Text, number: int, ask: str, answer: str | None) -> list[tuple]:
+    """One turn as [(token, number of the turn, token to predict here or -1)]."""
+    turn = [(token, number, -1) for token in text.encode(ask)]
+    if answer is not None:
+        told = text.encode(answer) + [text.end]
+        heard = [text.answer] + told                           # a token is predicted one before it
+        turn += [(token, number, target) for token, target in zip(heard, told)]
+    return turn
+
+
 def pack(text: Text, rows, image=None, device='cpu', room=96) -> Sequence:
     """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
     Only answer and end are supervised. Many turns are spread over R rows of some `room` tokens, which
     share the picture: attention, whose cost is quadratic, need not span what it may not see."""
-    turns = [[[(t, k, -1) for t in text.encode(ask)] + [(t, k, y) for t, y in zip([text.answer] + a, a)]
-              for k, (ask, answer) in enumerate(row, 1)
-              for a in [[] if answer is None else text.encode(answer) + [text.end]]] for row in rows]
-    R, out = max(1, min(max(map(len, turns)), 1 + max(sum(map(len, row)) for row in turns) // room)), []
-    for row in turns:
-        out += (parts := [[] for _ in range(R)])
-        for t in sorted(row, key=len, reverse=True):           # the longest first: rows of equal length
-            min(parts, key=len).extend(t)
-    T = max(1, *map(len, out))
-    grid = torch.tensor([row + [(text.end, -1, -1)] * (T - len(row)) for row in out], device=device)
-    return Sequence(*grid.unbind(-1), image=image)                                    # [B*R,T] each
+    turns, R, most = [], 1, 1
+    for row in rows:
+        mine = []
+        for number, (ask, answer) in enumerate(row, 1):
+            mine.append(tokens_of(text, number, ask, answer))
+        turns.append(mine)
+        most = max(most, len(mine))
+        length = sum(len(turn) for turn in mine)
+        R = max(R, 1 + length // room)
+    R = min(R, most)                                           # a turn is never cut
+    lines = []
+    for mine in turns:
+        parts = [[] for _ in range(R)]
+        for turn in sorted(mine, key=len, reverse=True):       # the longest first: lines of equal length
+            min(parts, key=len).extend(turn)
+        lines += parts
+    T = max(1, max(len(line) for line in lines))
+    padding = (text.end, -1, -1)
+    for line in lines:
+        while len(line) < T:
+            line.append(padding)
+    grid = torch.tensor(lines, device=device)                                         # [B*R,T,3]
+    tokens, numbers, targets = grid.unbind(-1)                                        # [B*R,T]
+    return Sequence(tokens, numbers, targets, image=image)
 
-class World:
-    """Endless batches from the procedural world; each is a pure function of (seed, split, index)."""
-    kinds, maps, captions = VISUAL, MAPS, True       # types of question, maps, captions: what there is
-    example, vocab, limit = 'a red circle left of a blue square', 512, lambda self, split: math.inf
-    checksum = 0                                     # of the data, to notice that they have changed
-    targets = property(lambda self: [k for k in PROXIES if k in self.maps or k not in MAPS])
-    describe = lambda self, scene, style, rng: caption(scene[0], style, rng)
+
+# ---- what a data set is ----
+PLACES = ('place', 'place', 'list')   # styles of the caption asked for beside questions, how often
+
+
+class DataSet:
+    """Pictures with questions, captions and maps, as batches that are pure functions of (seed, split,
+    stream, index). The procedural world below and folder.py's are two; to bring your own, set what you
+    have and define scenes(), corpus(), and ask() or describe()."""
+    kinds: tuple = ()                # types of question that are measured
+    asked: tuple = ()                # what is asked, a type as often as it stands here; empty: kinds
+    asked_late: tuple = ()           # the same in the second half of post-training; empty: asked
+    annotated: tuple = ()            # those of 'classes', 'instance', 'depth' that its Rendering holds
+    captions = False                 # does describe() know the style 'list'?
+    palette = PALETTE                # colours of the classes
+    exact = False                    # objects are data.Object: drawings can be verified by rule
+    chance: dict = {}                # accuracy of guessing by type of question, where it is known
+    example = 'a picture'            # a caption, to show what can be asked for
+    checksum = 0                     # of the data, to notice that they have changed
+    vocab = 512                      # text tokens to train
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
-        self.size, self.seed, self.device = size, seed, device
-        self.text = text or Text.from_corpus((*self.corpus(), *sum(WORDS.values(), ())), self.vocab)
+        self.size = size
+        self.seed = seed
+        self.device = device
+        self.text = text or Text.from_corpus(self.corpus(), self.vocab)
 
-    def scenes(self, split: str, index: int, B: int, pixels=True):
-        """-> (B scenes: (objects, theme), their Rendering, a random.Random for the text)."""
-        scenes = sample_scenes(B, generator(self.seed, split, index))
-        found = list(zip(objects(scenes), scenes.theme.tolist()))
-        g = generator(self.seed, split, index + 2**31, self.device)
-        r = render(Scenes(*(t.to(self.device) for t in scenes)), self.size, g) if pixels else None
-        return found, r, random.Random(f'{self.seed}/{split}/{index}')
+    # -- what a data set defines
+    def scenes(self, split: str, stream: str, index: int, B: int, pixels=True):
+        """-> (B scenes, their Rendering or None without pixels, a random.Random for the text). Only
+        ask() and describe() look into a scene. There may be fewer than B outside of training."""
+        raise NotImplementedError
 
     def corpus(self):
-        """All kinds of sentences of the world, to train text tokens on."""
-        scenes, _, rng = self.scenes('train', 0, 300, pixels=False)
-        for objs, theme in scenes:
-            yield from (c for style in STYLES if (c := caption(objs, style, rng)))
-            for kind in VISUAL + REASON:
-                yield from Questions(objs, theme, rng).ask(kind) or ()
+        """Texts to train the text tokens on."""
+        raise NotImplementedError
 
     def ask(self, scene, kind: str, rng) -> list:
         """[(question, answer)] of one type about a scene, or []."""
-        return [qa] if (qa := Questions(*scene, rng).ask(kind)) else []
+        return []
 
-    def turns(self, scene, Q: int, rng, kinds=KINDS) -> list:
-        turns = []                                            # [(type, (question, answer))]
+    def describe(self, scene, style: str, rng) -> str | None:
+        """A caption: 'list' names what is there, 'place' (a plan to draw by) says what is where."""
+        return None
+
+    def limit(self, split: str) -> float:
+        """How many pictures a split has."""
+        return math.inf
+
+    # -- what follows from that
+    @property
+    def maps(self) -> list[str]:
+        """Names of the maps that can be taught."""
+        known = ('image', *self.annotated)
+        return [name for name, m in MAPS.items() if m.needs in known]
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the maps that are pictures of their own kind: the tokenizer has to know them."""
+        return [name for name in self.maps if MAPS[name].spoil is None]
+
+    def turns(self, scene, Q: int, rng, kinds) -> list:
+        """[(type, (question, answer))]: Q of them, of types drawn from `kinds`."""
+        turns = []
         while len(turns) < Q:
-            turns += [(kind, qa) for kind in [rng.choice(kinds)] for qa in self.ask(scene, kind, rng)]
+            kind = rng.choice(kinds)
+            turns += [(kind, qa) for qa in self.ask(scene, kind, rng)]
         return turns
 
-    def questions(self, split, index, B, Q, captions=('place', 'place', 'list'), kinds=KINDS):
+    def questions(self, split, index, B, Q, captions=PLACES, kinds=None, stream='questions'):
         """-> (Sequence of B pictures with Q questions and one of `captions`, kinds of the turns)."""
-        scenes, r, rng = self.scenes(split, index, B)
-        rows = []
+        scenes, r, rng = self.scenes(split, stream, index, B)
+        rows, asked = [], []
         for scene in scenes:
-            rows.append(self.turns(scene, Q, rng, kinds))
-            for c in captions and [rng.choice(captions)]:
-                ask, said = rng.choice(WORDS[c]), self.describe(scene, c, rng)
-                said = said or self.describe(scene, 'list', rng)
-                rows[-1] += [(c, (ask, said))] * bool(said)
-        s = pack(self.text, [[qa for _, qa in turns] for turns in rows], r.image, self.device)
-        return s, [[kind for kind, _ in turns] for turns in rows]
+            turns = self.turns(scene, Q, rng, kinds or self.asked or self.kinds)
+            if captions:
+                style = rng.choice(captions)
+                ask = rng.choice(ASK_FOR_CAPTION[style])
+                said = self.describe(scene, style, rng) or self.describe(scene, 'list', rng)
+                if said:
+                    turns.append((style, (ask, said)))
+            rows.append([qa for _, qa in turns])
+            asked.append([kind for kind, _ in turns])
+        return pack(self.text, rows, r.image, self.device), asked
 
-    def drawings(self, split, index, B, drop=.1):
+    def drawings(self, split, index, B, drop=.1, stream='drawings'):
         """-> (Sequence of prompts and plans, a share `drop` empty, target pictures [B, 3, S, S])."""
-        scenes, r, rng = self.scenes(split, index, B)
+        scenes, r, rng = self.scenes(split, stream, index, B)
         rows = []
         for scene in scenes:
-            fit = {s: c for s in STYLES if (c := self.describe(scene, s, rng))}
-            style = rng.choices(list(fit), [STYLES[s] for s in fit])[0]
-            turn = rng.choice(WORDS['draw']).format(fit[style]), fit.get('place', '')
-            rows.append([turn if rng.random() >= drop else ('', None)])
+            said = {style: self.describe(scene, style, rng) for style in STYLES}
+            fit = [style for style in STYLES if said[style]]
+            style = rng.choices(fit, [STYLES[k] for k in fit])[0]
+            prompt = rng.choice(ASK_TO_DRAW).format(said[style])
+            turn = (prompt, said['place'] or '')
+            if rng.random() < drop:
+                turn = ('', None)
+            rows.append([turn])
         return pack(self.text, rows, device=self.device), r.image
 
-    def proxies(self, split, index, B, name):
-        """-> (Sequence of pictures with an instruction, the proxy's maps to generate, Rendering)."""
-        _, r, rng = self.scenes(split, index, B)
-        words = WORDS['depth map' if name == 'depth' else name if name in MAPS else 'recon']
-        u = torch.rand(r.image.shape, generator=generator(self.seed, split, index + 2**32))
-        image = SPOIL[name](r.image, u.to(self.device)) if name in SPOIL else r.image
-        s = pack(self.text, [[(rng.choice(words), None)] for _ in r.image], image, self.device)
-        return s, PROXIES[name](r), r
+    def maps_to_draw(self, split, index, B, name, stream='maps'):
+        """-> (Sequence of B pictures with an instruction, their maps [B, 3, S, S], Rendering)."""
+        _, r, rng = self.scenes(split, stream, index, B)
+        m = MAPS[name]
+        image = r.image
+        if m.spoil is not None:
+            g = generator(self.seed, split, stream + ' spoilt', index)
+            u = torch.rand(image.shape, generator=g)
+            image = m.spoil(image, u.to(self.device))
+        rows = []
+        for _ in image:
+            instruction = rng.choice(m.words)
+            rows.append([(instruction, None)])
+        return pack(self.text, rows, image, self.device), m.draw(r), r
+
+
+# ---- the procedural world: scenes ----
+SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
+COLOURS = {
+    'red': (.90, .12, .12),
+    'green': (.12, .68, .20),
+    'blue': (.12, .28, .95),
+    'yellow': (.96, .86, .10),
+    'purple': (.72, .18, .85),
+    'cyan': (.10, .82, .85),
+}
+CLASSES = ('background',) + SHAPES
+CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
+NEAR = .265                    # radius of the nearest object
+FAR = .17                      # and of the farthest
+# P(n, c) of scenes with a theme: rows n = 1-4 objects, columns c = 0-4 of them are of the theme
+THEMES = torch.tensor([
+    [.125, .125, 0, 0, 0],
+    [.025, .025, .2, 0, 0],
+    [.025, .025, 0, .2, 0],
+    [.025, .025, 0, 0, .2],
+])
+
+
+class Scenes(NamedTuple):
+    """B scenes as tensors; slots are in reading order, those from n on are empty."""
+    n: torch.Tensor            # [B] number of objects, 1 to 4
+    shape: torch.Tensor        # [B,4] index into SHAPES
+    colour: torch.Tensor       # [B,4] index into COLOURS
+    cell: torch.Tensor         # [B,4] index into CELLS
+    xy: torch.Tensor           # [B,4,2] centres
+    z: torch.Tensor            # [B,4] depth, 0 near to 1 far
+    theme: torch.Tensor        # [B] what may be counted: 0-4 a shape, 5-10 a colour, -1 nothing
+
+    @property
+    def radius(self):
+        return NEAR + (FAR - NEAR) * self.z                                           # [B,4]
+
+
+class Object(NamedTuple):
+    """One object of one scene, for the text: names of shape and colour, then as in Scenes."""
+    shape: str
+    colour: str
+    cell: int
+    x: float
+    y: float
+    z: float
+
+    @property
+    def name(self) -> str:
+        return f'{self.colour} {self.shape}'
+
+
+class Scene(NamedTuple):
+    """One scene, for the text."""
+    objects: list[Object]      # in reading order
+    theme: int                 # as in Scenes
+
+
+def sample_scenes(B: int, g: torch.Generator) -> Scenes:
+    """Draw B scenes. A (colour, shape) pair occurs once at most: a name means one object. 40% have a
+    theme: a shape or colour of exactly c objects, P(c) = 1/5, n is uniform: no count can be guessed."""
+    S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=g, device=g.device)
+
+    # how many objects, and how many of them are of the theme, if there is one
+    joint = THEMES.flatten().to(g.device)                                             # [20]
+    pick = torch.multinomial(joint, B, replacement=True, generator=g)                 # [B]
+    themed = rand(B) < .4
+    theme = (rand(B) * (S + C)).long()                                                # [B]
+    theme = torch.where(themed, theme, -1)
+    n = pick // 5 + 1                                                                 # [B]
+    c = torch.where(theme >= 0, pick % 5, 0)                                          # [B]
+    # which of the 30 (shape, colour) pairs are of the theme
+    pair = torch.arange(S * C, device=g.device)
+    of_shape = pair // C == theme[:, None]
+    of_colour = pair % C + S == theme[:, None]
+    of_theme = (of_shape | of_colour).float()                                         # [B,30]
+    # four distinct pairs of the theme and four of the rest, in random order: random scores, sorted;
+    # one more for those that are wanted, so that they come first
+    score = rand(B, S * C)
+    inside = (score + of_theme).topk(M).indices                                       # [B,4]
+    outside = (score - of_theme).topk(M).indices                                      # [B,4]
+    # the first c slots get pairs of the theme, the others of the rest
+    slot = torch.arange(M, device=g.device).expand(B, M)
+    rest = slot - c[:, None]
+    outside = outside.gather(1, rest.clamp(min=0))
+    pairs = torch.where(rest < 0, inside, outside)                                    # [B,4]
+    # distinct cells; then objects in reading order, the empty slots last
+    cell = rand(B, M).argsort(1)                                                      # [B,4]
+    empty = slot >= n[:, None]
+    order = (cell + M * empty).argsort(1)
+    cell = cell.gather(1, order)
+    pairs = pairs.gather(1, order)
+    column_row = torch.stack([cell % 2, cell // 2], -1)                               # [B,4,2]
+    middle = (column_row + .5) / 2
+    xy = middle + (rand(B, M, 2) - .5) * .12
+    z = rand(B, M)
+    return Scenes(n, pairs // C, pairs % C, cell, xy, z, theme)
+
+
+def scenes_as_objects(s: Scenes) -> list[Scene]:
+    """The same scenes as lists of Object."""
+    colours = list(COLOURS)
+    rows = []
+    lists = [t.tolist() for t in s]
+    for n, shapes, hues, cells, xys, zs, theme in zip(*lists):
+        objects = []
+        for shape, hue, cell, (x, y), z in zip(shapes, hues, cells, xys, zs):
+            objects.append(Object(SHAPES[shape], colours[hue], cell, x, y, z))
+        rows.append(Scene(objects[:n], theme))
+    return rows
+
+
+# ---- the procedural world: renderings ----
+def box(x, y, width, height):
+    """Signed distance to a box around the origin."""
+    return torch.maximum(x.abs() - width, y.abs() - height)
+
+
+def distance_field(shape: int, x, y):
+    """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
+    name = SHAPES[shape]
+    if name == 'circle':
+        return torch.hypot(x, y) - .95
+    if name == 'square':
+        return box(x, y, .82, .82)
+    if name == 'triangle':
+        sides = x.abs() * .866 - (y - .15) * .5
+        return torch.maximum(sides, y - .15) - .58
+    if name == 'cross':
+        lying = box(x, y, 1, .32)
+        standing = box(x, y, .32, 1)
+        return torch.minimum(lying, standing)
+    return (torch.hypot(x, y) - .70).abs() - .25               # ring
+
+
+def background(B: int, size: int, rand, device):
+    """Grey of random brightness and tint with stripes of random direction, width and contrast."""
+    axis = (torch.arange(size, device=device) + .5) / size
+    X = axis.expand(1, size, size)
+    Y = axis[:, None].expand(1, size, size)
+    u = rand(4, B, 1, 1)
+    angle = math.pi * u[0]                                                            # [B,1,1]
+    phase = 2 * math.pi * u[1]
+    waves = 4 * u[2] + 2                                   # from side to side
+    contrast = .05 * u[3]
+    along = X * angle.cos() + Y * angle.sin()                                         # [B,S,S]
+    stripes = torch.sin(2 * math.pi * waves * along + phase) * contrast               # [B,S,S]
+    brightness = .3 + .4 * rand(B, 1, 1, 1)
+    tint = .06 * (rand(B, 3, 1, 1) - .5)
+    return brightness + tint + stripes[:, None], X, Y                                 # [B,3,S,S]
+
+
+def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
+    """Draw scenes at size x size pixels, far to near, anti-aliased; g: texture and noise."""
+    B, device = len(s.n), s.n.device
+    every = torch.arange(B, device=device)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=g, device=g.device).to(device)
+
+    image, X, Y = background(B, size, rand, device)                                   # [B,3,S,S]
+    instance = torch.zeros(B, size, size, dtype=torch.long, device=device)
+    rgb = torch.tensor(list(COLOURS.values()), device=device)
+    for slot in s.z.argsort(1, descending=True).T:                                    # [B]
+        shape = s.shape[every, slot]                                                  # [B]
+        colour = rgb[s.colour[every, slot]]                                           # [B,3]
+        radius = s.radius[every, slot][:, None, None]                                 # [B,1,1]
+        centre = s.xy[every, slot]                                                    # [B,2]
+        x = (X - centre[:, 0, None, None]) / radius                                   # [B,S,S]
+        y = (Y - centre[:, 1, None, None]) / radius                                   # [B,S,S]
+        distance = torch.full_like(x, 9.)
+        for k in range(len(SHAPES)):
+            here = (shape == k) & (slot < s.n)                                        # [B]
+            distance[here] = distance_field(k, x[here], y[here])
+        alpha = (.5 - distance * radius * size).clamp(0, 1)                           # [B,S,S]
+        image = torch.lerp(image, colour[:, :, None, None], alpha[:, None])
+        number = slot[:, None, None] + 1
+        instance = torch.where(alpha >= .5, number, instance)
+    noise = torch.randn(image.shape, generator=g, device=g.device).to(device)
+    image = (image + .015 * noise).clamp(0, 1)
+    classes = look_up(s.shape + 1, instance)
+    return Rendering(image, classes, instance, look_up(1 - .75 * s.z, instance))
+
+
+def look_up(values, instance):
+    """values [B, 4] of the slots -> the value of each pixel's object, 0 in the background [B, S, S]."""
+    values = F.pad(values, (1, 0))                                                    # [B,5]
+    return values.gather(1, instance.flatten(1)).view_as(instance)                    # [B,S,S]
+
+
+# ---- the procedural world: captions; one right order of the objects leaves less to guess per word ----
+PLURAL = {'circle': 'circles', 'square': 'squares', 'triangle': 'triangles', 'cross': 'crosses',
+          'ring': 'rings'}
+NUMBERS = ('zero', 'one', 'two', 'three', 'four')
+STYLES = {'list': 3, 'place': 2, 'relation': 3, 'bare': 3, 'count': 4}      # how often one is a prompt
+ASK_TO_DRAW = ('{}', 'draw {}', 'a picture of {}')
+ASK_FOR_CAPTION = {'list': ('describe the picture.', 'what do you see?'),
+                   'place': ('describe the picture with places.', 'what is where?')}
+
+
+def relation(a: Object, b: Object, margin=1.5):
+    """Where a is as seen from b: 'left of', 'right of', 'above' or 'below'; None if not clear-cut."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > margin * abs(dy):
+        return 'left of' if dx < 0 else 'right of'
+    if abs(dy) > margin * abs(dx):
+        return 'above' if dy < 0 else 'below'
+    return None
+
+
+def caption(objects: list[Object], style: str, rng: random.Random):
+    """A caption in one of STYLES, or None where the style does not fit the objects."""
+    if style == 'place':
+        places = [f'{CELLS[o.cell]} a {o.name}' for o in objects]
+        return ', '.join(places)
+    if style == 'relation' and len(objects) == 2:
+        a, b = rng.sample(objects, 2)
+        where = relation(a, b)
+        if where:
+            return f'a {a.name} {where} a {b.name}'
+    if style == 'count' and len(objects) > 1:
+        shapes = {o.shape for o in objects}
+        if len(shapes) == 1:
+            return f'{NUMBERS[len(objects)]} {PLURAL[shapes.pop()]}'
+    if style == 'list':
+        return and_between([f'a {o.name}' for o in objects])
+    if style == 'bare' and len(objects) <= 2:
+        return and_between([f'a {o.shape}' for o in objects])
+    return None
+
+
+def and_between(names: list[str]) -> str:
+    """'a, b and c'."""
+    if len(names) == 1:
+        return names[0]
+    *first, last = names
+    return ', '.join(first) + ' and ' + last
+
+
+# ---- the procedural world: questions, balanced given their words: blind guesses stay at chance ----
+# Each function: (scene, rng) -> (words to fill in, answer), or None where there is no right answer
+def one_of(found: list, rng):
+    """One of the possible questions."""
+    return rng.choice(found) if found else None
+
+
+def one_either_way(found: list, rng):
+    """One of the questions; its last two words, of which the first is right, in random order."""
+    if not found:
+        return None
+    words, answer = rng.choice(found)
+    *first, a, b = words
+    return first + rng.sample([a, b], 2), answer
+
+
+def pairs_of(scene: Scene) -> list:
+    """All (a, b) of objects, a with itself too."""
+    return list(product(scene.objects, scene.objects))
+
+
+def times(scene: Scene, word: str) -> int:
+    """How many objects have this shape or colour."""
+    return sum(word in (o.shape, o.colour) for o in scene.objects)
+
+
+def gap(a: Object, b: Object) -> float:
+    """Distance of the centres."""
+    return math.hypot(a.x - b.x, a.y - b.y)
+
+
+def ask_count(scene, rng):
+    """'how many red objects are there?' Of all objects, or of the scene's theme."""
+    if scene.theme < 0 or rng.random() < .3:
+        return ['objects'], str(len(scene.objects))
+    names = SHAPES + tuple(COLOURS)
+    name = names[scene.theme]
+    words = PLURAL.get(name, f'{name} objects')
+    return [words], str(times(scene, name))
+
+
+def ask_colour(scene, rng):
+    """'what color is the ring?', if there is one ring."""
+    found = [o for o in scene.objects if times(scene, o.shape) == 1]
+    return one_of([([o.shape], o.colour) for o in found], rng)
+
+
+def ask_shape(scene, rng):
+    """'what shape is the red object?', if there is one."""
+    found = [o for o in scene.objects if times(scene, o.colour) == 1]
+    return one_of([([o.colour], o.shape) for o in found], rng)
+
+
+def ask_exist(scene, rng):
+    """'is there a red ring?' 'no' recombines colours and shapes that are there, if possible (as in the
+    adversarial split of POPE, Li et al. 2023)."""
+    if rng.random() < .5:
+        return [rng.choice(scene.objects).name], 'yes'
+    there = {o.name for o in scene.objects}
+    shapes = {o.shape for o in scene.objects}
+    colours = {o.colour for o in scene.objects}
+    hard, half = [], []                              # both are there but not together, or one of them
+    for colour, shape in product(COLOURS, SHAPES):
+        name = f'{colour} {shape}'
+        known = (colour in colours) + (shape in shapes)
+        if known == 2 and name not in there:
+            hard.append(name)
+        if known == 1:
+            half.append(name)
+    return [rng.choice(sorted(hard or half))], 'no'
+
+
+def ask_relation(scene, rng):
+    """'where is the red ring relative to the blue cross?', if that is clear-cut."""
+    found = []
+    for a, b in pairs_of(scene):
+        where = relation(a, b)
+        if where:
+            found.append(([a.name, b.name], where.replace(' of', '')))
+    return one_of(found, rng)
+
+
+def ask_depth(scene, rng):
+    """'which is closer, the red ring or the blue cross?', if it is by .3."""
+    found = []
+    for a, b in pairs_of(scene):
+        if a.z < b.z - .3:
+            found.append(([a.name, b.name], a.name))
+    return one_either_way(found, rng)
+
+
+def ask_distance(scene, rng):
+    """'which is nearest to the red ring, the blue cross or the green circle?', if it is by .12."""
+    found = []
+    for o in scene.objects:
+        for a, b in pairs_of(scene):
+            if 0 < gap(o, a) < gap(o, b) - .12:
+                found.append(([o.name, a.name, b.name], a.name))
+    return one_either_way(found, rng)
+
+
+def ask_where(scene, rng):
+    """'where is the red ring?' 'top left'."""
+    return one_of([([o.name], CELLS[o.cell]) for o in scene.objects], rng)
+
+
+def ask_size(scene, rng):
+    """'is the red ring small or large?' Objects of middling size are not asked about."""
+    found = []
+    for o in scene.objects:
+        if abs(o.z - .5) > .1:
+            size = 'small' if o.z > .5 else 'large'
+            found.append(([o.name], size))
+    return one_of(found, rng)
+
+
+def ask_what(scene, rng):
+    """'what is at the top left?' 'red ring'."""
+    return one_of([([CELLS[o.cell]], o.name) for o in scene.objects], rng)
+
+
+def ask_sum(scene, rng):
+    """'what is 3 plus 4?'"""
+    a, b = rng.sample(range(10), 2)
+    return [a, b], str(a + b)
+
+
+def ask_more(scene, rng):
+    """'which is more, 3 or 4?'"""
+    a, b = rng.sample(range(10), 2)
+    return [a, b], str(max(a, b))
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that the project knows of one type of question."""
+    ask: Callable              # (Scene, rng) -> (words to fill in, answer) or None
+    words: tuple               # ways to ask it
+    chance: float | None       # accuracy of guessing; None: the picture is not needed
+
+
+QUESTIONS = {
+    'count': Question(ask_count, ('how many {} are there?', 'count the {}.'), 1 / 4),
+    'colour': Question(ask_colour, ('what color is the {}?', 'name the color of the {}.'), 1 / 6),
+    'shape': Question(ask_shape, ('what shape is the {} object?', 'name the {} shape.'), 1 / 5),
+    'exist': Question(ask_exist, ('is there a {}?', 'do you see a {}?'), 1 / 2),
+    'relation': Question(ask_relation, ('where is the {} relative to the {}?',
+                                        'on which side is the {} of the {}?'), 1 / 4),
+    'depth': Question(ask_depth, ('which is closer, the {} or the {}?',
+                                  'what is nearer to you, the {} or the {}?'), 1 / 2),
+    'distance': Question(ask_distance, ('which is nearest to the {}, the {} or the {}?',
+                                        'what is next to the {}, the {} or the {}?'), 1 / 2),
+    'where': Question(ask_where, ('where is the {}?', 'find the {}.'), 1 / 4),
+    'size': Question(ask_size, ('is the {} small or large?', 'how large is the {}?'), 1 / 2),
+    'what': Question(ask_what, ('what is at the {}?', 'name the object at the {}.'), 1 / 30),
+    'sum': Question(ask_sum, ('what is {} plus {}?', 'add {} and {}.'), None),
+    'more': Question(ask_more, ('which is more, {} or {}?', 'what is larger, {} or {}?'), None),
+}
+CHANCE = {kind: q.chance for kind, q in QUESTIONS.items() if q.chance}
+VISUAL = tuple(CHANCE)         # types of question that need the picture
+REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
+KINDS = VISUAL * 2 + REASON    # what training asks, and how often; then, once shapes are known:
+FINDING = VISUAL + REASON + ('where', 'exist') * 7 + ('relation',) * 2 + ('distance',)
+
+
+class World(DataSet):
+    """Endless batches from the procedural world."""
+    kinds = VISUAL
+    asked = KINDS
+    asked_late = FINDING
+    annotated = ('classes', 'instance', 'depth')
+    captions = True
+    exact = True
+    chance = CHANCE
+    example = 'a red circle left of a blue square'
+
+    def scenes(self, split, stream, index, B, pixels=True):
+        """-> (B of Scene, their Rendering, a random.Random for the text)."""
+        s = sample_scenes(B, generator(self.seed, split, stream, index))
+        r = None
+        if pixels:
+            g = generator(self.seed, split, stream + ' texture', index, self.device)
+            there = [t.to(self.device) for t in s]
+            r = render(Scenes(*there), self.size, g)
+        return scenes_as_objects(s), r, python_random(self.seed, split, stream, index)
+
+    def corpus(self):
+        """All kinds of sentences of the world."""
+        for m in MAPS.values():
+            yield from m.words
+        for words in (ASK_TO_DRAW, *ASK_FOR_CAPTION.values()):
+            yield from words
+        for question in QUESTIONS.values():
+            yield from question.words
+        scenes, _, rng = self.scenes('train', 'corpus', 0, 300, pixels=False)
+        for scene in scenes:
+            for style in STYLES:
+                yield caption(scene.objects, style, rng) or ''
+            for kind in QUESTIONS:
+                for question, answer in self.ask(scene, kind, rng):
+                    yield question
+                    yield answer
+
+    def ask(self, scene, kind, rng):
+        question = QUESTIONS[kind]
+        found = question.ask(scene, rng)
+        if found is None:
+            return []
+        words, answer = found
+        sentence = rng.choice(question.words)
+        return [(sentence.format(*words), answer)]
+
+    def describe(self, scene, style, rng):
+        return caption(scene.objects, style, rng)

@@ -1,7 +1,7 @@
 """Every measurement: understanding, generation, segmentation, tokenizer, on scenes never trained on.
 
     python eval.py                         evaluate out/cpu/model.safetensors again: scores_test.json
-    python eval.py --run out/gpu --n 1024
+    python eval.py --run out/mine --n 1024
 
 Each figure is {value, low, high, n}, with a 95% interval. Test scenes are the same for every run.
 """
@@ -12,345 +12,574 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
-from textwrap import fill, wrap
 
 import data  # before torch: it tells OpenMP how to wait
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
-from data import UserError, World
-from folder import Folder, open_world
-from model import draw, load, write
+from data import COLOURS, MAPS, SHAPES, DataSet, Object, UserError
+from folder import open_world
+from model import draw, load
 
 Z = 1.96                       # half-width of a 95% interval in standard errors
-CATEGORIES = {'single': ('bare', 1), 'two': ('bare', 2), 'counting': ('count', None),
-              'colours': ('list', 1), 'position': ('relation', 2), 'attribution': ('list', 2)}
+
 
 # ---- figures with intervals ----
+def figure(value, low, high, n: int) -> dict:
+    """One measured value with its 95% interval, of n cases; None where there was nothing to measure."""
+    return {'value': value, 'low': low, 'high': high, 'n': n}
+
+
+NOTHING = figure(None, None, None, 0)
+
+
 def share(right: int, n: int) -> dict:
     """Share of right answers with its Wilson interval (Wilson 1927), which holds near 0 and 1 too."""
     if n == 0:
-        return {'value': None, 'low': None, 'high': None, 'n': 0}
-    p, z2 = right / n, Z * Z / n
-    centre, half = (p + z2 / 2) / (1 + z2), Z * math.sqrt(p * (1 - p) / n + z2 / 4 / n) / (1 + z2)
-    return {'value': p, 'low': centre - half, 'high': centre + half, 'n': n}
+        return dict(NOTHING)
+    p = right / n
+    z2 = Z * Z / n
+    centre = (p + z2 / 2) / (1 + z2)
+    variance = p * (1 - p) / n + z2 / 4 / n
+    half = Z * math.sqrt(variance) / (1 + z2)
+    return figure(p, centre - half, centre + half, n)
+
 
 def mean_of(figures: list[dict]) -> dict:
     """Unweighted mean of independent shares; interval from their Wilson ones (Zou & Donner 2008)."""
-    if not (kept := [f for f in figures if f['n']]):
-        return share(0, 0)
-    m = sum(f['value'] for f in kept) / len(kept)
-    low, high = (math.hypot(*[f['value'] - f[k] for f in kept]) / len(kept) for k in ('low', 'high'))
-    return {'value': m, 'low': m - low, 'high': m + high, 'n': sum(f['n'] for f in kept)}
+    kept = [f for f in figures if f['n']]
+    if not kept:
+        return dict(NOTHING)
+    k = len(kept)
+    mean = sum(f['value'] for f in kept) / k
+    below = [f['value'] - f['low'] for f in kept]
+    above = [f['high'] - f['value'] for f in kept]
+    n = sum(f['n'] for f in kept)
+    # errors of independent shares add up as the sides of a right angle
+    return figure(mean, mean - math.hypot(*below) / k, mean + math.hypot(*above) / k, n)
+
 
 def bootstrap(score, tables) -> dict:
     """score of the summed tables [n, ...], one per picture; its interval from 400 draws of pictures."""
     g = torch.Generator().manual_seed(0)
-    draws = torch.stack([score(tables[torch.randint(len(tables), (len(tables),), generator=g)].sum(0))
-                         for _ in range(400)])
-    low, high = draws.nanquantile(torch.tensor([.025, .975], dtype=draws.dtype)).tolist()
-    n, value = len(tables), score(tables.sum(0)).item()        # nan: there was nothing to score
-    return {'value': value, 'low': low, 'high': high, 'n': n} if value == value else share(0, 0)
+    n = len(tables)
+    value = score(tables.sum(0)).item()
+    if math.isnan(value):                                      # there was nothing to score
+        return dict(NOTHING)
+    draws = []
+    for _ in range(400):
+        chosen = torch.randint(n, (n,), generator=g)
+        draws.append(score(tables[chosen].sum(0)))
+    ends = torch.tensor([.025, .975], dtype=draws[0].dtype)
+    low, high = torch.stack(draws).nanquantile(ends).tolist()
+    return figure(value, low, high, n)
+
 
 # ---- understanding ----
 @torch.no_grad()
-def understanding(umm, tok, world: World, n=512, split='test', B=64, Q=16) -> dict:
+def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> dict:
     """Accuracy by type over n pictures (or more, to fill B) with Q questions each; whole answers count.
     A greedy answer is the true one exactly when every true token, the end included, is the likeliest
     after the true tokens before it: one pass over the true answers scores greedy decoding."""
     right, total = Counter(), Counter()
     for i in range(math.ceil(n / B)):
-        s, kinds = world.questions(split, i, B, Q, captions=())
+        s, kinds = world.questions(split, i, B, Q, captions=(), stream='understanding')
         s.image = umm.inputs(tok, s.image)
-        good = (umm.text_head(umm.hidden(s)).argmax(-1) == s.target) | (s.target < 0)  # [B*R,T]
-        good, turns = (t.view(len(kinds), -1) for t in (good, s.turn))                # [B,R*T]
+        logits = umm.text_head(umm.hidden(s))                                         # [B*R,T,V]
+        good = logits.argmax(-1) == s.target                                          # [B*R,T]
+        good = good | (s.target < 0)                           # nothing is asked of these tokens
+        # a picture's turns lie in R rows: put these beside each other
+        good = good.view(len(kinds), -1)                                              # [B,R*T]
+        turns = s.turn.view(len(kinds), -1)                                           # [B,R*T]
         for b, row in enumerate(kinds):
-            for turn, kind in enumerate(row, 1):
+            for number, kind in enumerate(row, 1):
+                mine = turns[b] == number
                 total[kind] += 1
-                right[kind] += bool(good[b][turns[b] == turn].all())
-    scores = {k: share(right[k], total[k]) for k in world.kinds}
-    scores = {'mean': mean_of(list(scores.values())), **scores}
-    if asked := sum(total[k] for k in data.REASON):            # not about real pictures
-        scores['reason'] = share(sum(right[k] for k in data.REASON), asked)
+                right[kind] += int(good[b][mine].all())
+    scores = by_kind(world, right, total)
+    for kind in list(total):                                   # sums in words are asked as a control
+        if kind not in world.kinds:
+            right['reason'] += right[kind]
+            total['reason'] += total[kind]
+            scores['reason'] = share(right['reason'], total['reason'])
     return scores
 
-def blind(world: World, n=512, split='test') -> dict:
+
+def by_kind(world: DataSet, right: Counter, total: Counter) -> dict:
+    """{type of question: share of right answers}, the mean of them first."""
+    scores = {kind: share(right[kind], total[kind]) for kind in world.kinds}
+    mean = mean_of(list(scores.values()))
+    return {'mean': mean, **scores}
+
+
+def asked_without_pictures(world: DataSet, split: str, stream: str, n: int):
+    """(type, question, answer): one of each type about each of n scenes, or more to fill batches."""
+    for i in range(math.ceil(n / 64)):
+        scenes, _, rng = world.scenes(split, stream, i, 64, pixels=False)
+        for kind in world.kinds:
+            for scene in scenes:
+                for question, answer in world.ask(scene, kind, rng):
+                    yield kind, question, answer
+
+
+def blind(world: DataSet, n=512, split='test') -> dict:
     """Such questions about these scenes and n more, from their words alone: the answer most frequent in
     16 n training scenes after that question; after its type, if possible one it names, if never seen."""
-    def asked(split, first, count):
-        for i in range(math.ceil(count / 64)):
-            scenes, _, rng = world.scenes(split, first + i, 64, pixels=False)
-            yield from ((k, *qa) for k in world.kinds for s in scenes for qa in world.ask(s, k, rng))
     seen, right, total = defaultdict(Counter), Counter(), Counter()
-    for kind, question, answer in asked('train', 2**30, 16 * n):
+    for kind, question, answer in asked_without_pictures(world, 'train', 'blind', 16 * n):
         seen[question][answer] += 1
         seen[kind][answer] += 1
-    for kind, question, answer in asked(split, 0, min(2 * n, world.limit(split))):
-        ranked = [a for a, _ in seen[question if question in seen else kind].most_common()]
+    scenes = min(2 * n, world.limit(split))
+    for kind, question, answer in asked_without_pictures(world, split, 'understanding', scenes):
+        if question in seen:
+            ranked = [a for a, _ in seen[question].most_common()]
+        else:
+            ranked = [a for a, _ in seen[kind].most_common()]
+            named = [a for a in ranked if a in question.split(',')[-1]]
+            ranked = named or ranked
         total[kind] += 1
-        named = [a for a in ranked if a in question.split(',')[-1]] * (question not in seen)
-        right[kind] += answer == (named or ranked or [''])[0]
-    scores = {k: share(right[k], total[k]) for k in world.kinds}
-    return {'mean': mean_of(list(scores.values())), **scores}
+        if ranked and ranked[0] == answer:
+            right[kind] += 1
+    return by_kind(world, right, total)
 
-# ---- generation: GenEval's six categories (Ghosh et al. 2023, section 3) and a verifier by rule ----
+
+# ---- generation in the procedural world: a verifier by rule ----
+WINDOW = 13                    # a template is tried at WINDOW x WINDOW places around a region's middle
+REACH = WINDOW // 2
+SMALLEST = .02                 # share of the picture that an object covers at least
+
+
 def components(mask, label):
     """Connected regions (8 neighbours) of mask [B, S, S] with equal label [B, S, S] -> ids, 0 = none:
     the highest pixel index spreads inside each region until nothing changes."""
-    planes = (F.one_hot(label).permute(0, 3, 1, 2) * mask[:, None]).float()           # [B,k,S,S]
-    ids = planes * torch.arange(1, mask[0].numel() + 1, device=mask.device).view(mask[0].shape)
-    while not torch.equal(grown := F.max_pool2d(ids, 3, 1, 1) * planes, ids):
+    planes = F.one_hot(label).permute(0, 3, 1, 2)                                     # [B,k,S,S]
+    planes = (planes * mask[:, None]).float()                  # one plane for each label
+    index = torch.arange(1, mask[0].numel() + 1, device=mask.device)
+    ids = planes * index.view(mask[0].shape)
+    while True:
+        grown = F.max_pool2d(ids, 3, 1, 1) * planes
+        if torch.equal(grown, ids):
+            return ids.amax(1).long()                                                 # [B,S,S]
         ids = grown
-    return ids.amax(1).long()                                                         # [B,S,S]
+
 
 def templates(size: int, device):
     """Binary pictures of each shape at 10 radii and 4 half-pixel offsets -> [5 * 40, 1, P, P]."""
-    axis = torch.arange(-(half := math.ceil(data.NEAR * 1.1 * size) + 1), half + 1, device=device)  # [P]
+    half = math.ceil(data.NEAR * 1.1 * size) + 1
+    axis = torch.arange(-half, half + 1, device=device)                               # [P]
     radii = torch.linspace(data.FAR * .9, data.NEAR * 1.05, 10) * size
-    inside = [data.distance_field(k, (axis - x)[None] / r, (axis - y)[:, None] / r) < 0
-              for k in range(len(data.SHAPES)) for r in radii for x in (0, .5) for y in (0, .5)]
+    offsets = list(product((0, .5), (0, .5)))                  # centres lie between pixels too
+    inside = []
+    for shape, r, (x, y) in product(range(len(SHAPES)), radii, offsets):
+        across = (axis - x)[None] / r                                                 # [1,P]
+        down = (axis - y)[:, None] / r                                                # [P,1]
+        distance = data.distance_field(shape, across, down)                           # [P,P]
+        inside.append(distance < 0)
     return torch.stack(inside)[:, None].float()                                       # [200,1,P,P]
 
-def detect(images) -> list[list[data.Object]]:
-    """Objects in pictures [B, 3, S, S]: connected saturated regions of one colour and 2% of the picture,
-    the shape by the template that overlaps best (IoU over positions and radii; other objects may hide a
-    part). What it leaves of a region is looked at again: objects of one colour may touch."""
-    B, _, S, _ = images.shape
-    rgb = torch.tensor(list(data.COLOURS.values()), device=images.device)             # [6,3]
-    solid = images.amax(1) - images.amin(1) > .35                                     # [B,S,S]
-    colour = (images.permute(0, 2, 3, 1)[..., None, :] - rgb).square().sum(-1).argmin(-1)   # [B,S,S]
-    ids, bank, found = components(solid, colour), templates(S, images.device), [[] for _ in range(B)]
-    pad, todo = bank.shape[-1] // 2, []
-    for b in range(B):
-        index, area = ids[b].unique(return_counts=True)
-        todo += [(b, ids[b] == i) for i in index[(area >= .02 * S * S) & (index > 0)]]
-    while todo:
-        part, todo = todo[:128], todo[128:]
-        middle = [m.nonzero().float().mean(0).long().tolist() for _, m in part]       # y, x of regions
-        crop = lambda m, y, x: F.pad(m.float(), (pad + 6,) * 4)[y:, x:][:2 * pad + 13, :2 * pad + 13]
-        near = [(crop(m, *at), crop(~solid[b], *at)) for (b, m), at in zip(part, middle)]
-        hit, over = (F.conv2d(torch.stack(m)[:, None], bank) for m in zip(*near))     # [n,200,13,13]
-        area = torch.stack([m.sum() for _, m in part])[:, None, None, None]
-        best = (hit / (area + over)).flatten(1).argmax(1).tolist()
-        for (b, m), at, (y, x) in zip(part, best, middle):
-            k, y, x = at // 169, y + at // 13 % 13 - 6, x + at % 13 - 6
-            covered = F.pad(bank[k, 0], (x, S - x, y, S - y))[pad:pad + S, pad:pad + S] > 0     # [S,S]
-            if (inside := m & covered).any():
-                y, x = inside.nonzero().float().mean(0).add(.5).div(S).tolist()
-                name = list(data.COLOURS)[int(colour[b][m][0])]
-                shape = data.SHAPES[k * len(data.SHAPES) // len(bank)]
-                found[b].append(data.Object(shape, name, 0, x, y, 0.))
-                rest = m & (F.max_pool2d(covered[None].float(), 3, 1, 1)[0] == 0)
-                todo += [(b, rest)] if rest.sum() >= .02 * S * S else []
+
+def regions_of(ids, smallest: float) -> list:
+    """[(number of the picture, mask [S, S])] of all regions of that many pixels; ids [B, S, S]."""
+    found = []
+    for b, picture in enumerate(ids):
+        values, area = picture.unique(return_counts=True)
+        large = (area >= smallest) & (values > 0)
+        found += [(b, picture == value) for value in values[large]]
     return found
 
-def satisfied(wanted: list[data.Object], category: str, found: list[data.Object]) -> bool:
+
+def around(mask, y: int, x: int, pad: int):
+    """What templates placed at most REACH from (y, x) can cover of a mask [S, S]."""
+    margin = pad + REACH
+    side = 2 * pad + WINDOW
+    wide = F.pad(mask.float(), (margin, margin, margin, margin))                      # beyond the edges
+    return wide[y:y + side, x:x + side]                                               # [side,side]
+
+
+def best_templates(masks, solid, bank) -> list:
+    """For n regions [S, S], each with all that is coloured in its picture [S, S]: (template, y, x) of the
+    template that overlaps best and where it lies. By IoU; what is hidden by other objects is no error."""
+    pad = bank.shape[-1] // 2
+    middles, hits, overs = [], [], []
+    for mask, coloured in zip(masks, solid):
+        y, x = mask.nonzero().float().mean(0).long().tolist()
+        middles.append((y, x))
+        hits.append(around(mask, y, x, pad))
+        overs.append(around(~coloured, y, x, pad))
+    # a convolution counts, for each template and place, the pixels that template and region share
+    hit = F.conv2d(torch.stack(hits)[:, None], bank)                                  # [n,200,13,13]
+    over = F.conv2d(torch.stack(overs)[:, None], bank)         # and those that it has on the background
+    area = torch.stack([mask.sum() for mask in masks])                                # [n]
+    iou = hit / (area[:, None, None, None] + over)                                    # [n,200,13,13]
+    found = []
+    for (y, x), best in zip(middles, iou.flatten(1).argmax(1)):
+        k, down, right = torch.unravel_index(best, iou.shape[1:])
+        y += int(down) - REACH
+        x += int(right) - REACH
+        found.append((int(k), y, x))
+    return found
+
+
+def detect(images) -> list[list[Object]]:
+    """Objects in pictures [B, 3, S, S]: connected saturated regions of one colour and 2% of the picture,
+    the shape by the template that overlaps best. What it leaves of a region is looked at again: objects
+    of one colour may touch."""
+    B, _, S, _ = images.shape
+    rgb = torch.tensor(list(COLOURS.values()), device=images.device)                  # [6,3]
+    saturation = images.amax(1) - images.amin(1)                                      # [B,S,S]
+    solid = saturation > .35
+    pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
+    off = pixels[..., None, :] - rgb                                                  # [B,S,S,6,3]
+    colour = off.square().sum(-1).argmin(-1)                   # the nearest            [B,S,S]
+    bank = templates(S, images.device)
+    names = list(COLOURS)
+    smallest = SMALLEST * S * S
+    todo = regions_of(components(solid, colour), smallest)
+    found = [[] for _ in range(B)]
+    while todo:
+        part, todo = todo[:128], todo[128:]                    # so many at a time
+        masks = [mask for _, mask in part]
+        coloured = [solid[b] for b, _ in part]
+        best = best_templates(masks, coloured, bank)
+        for (b, mask), (k, y, x) in zip(part, best):
+            covered = laid(bank[k, 0], y, x, S)                                       # [S,S]
+            inside = mask & covered
+            if not inside.any():
+                continue
+            middle = (inside.nonzero().float().mean(0) + .5) / S
+            y, x = middle.tolist()
+            shape = SHAPES[k * len(SHAPES) // len(bank)]
+            first = int(colour[b][mask][0])                    # all pixels of a region have one colour
+            found[b].append(Object(shape, names[first], 0, x, y, 0.))
+            rest = mask & ~widened(covered)
+            if rest.sum() >= smallest:
+                todo.append((b, rest))
+    return found
+
+
+def laid(template, y: int, x: int, S: int):
+    """The pixels [S, S] of a picture that a template [P, P] with its middle at (y, x) covers."""
+    pad = len(template) // 2
+    whole = F.pad(template, (x, S - x, y, S - y))
+    return whole[pad:pad + S, pad:pad + S] > 0                                        # [S,S]
+
+
+def widened(mask):
+    """A mask [S, S] and the pixels next to it."""
+    wide = F.max_pool2d(mask[None].float(), 3, 1, 1)
+    return wide[0] > 0                                                                # [S,S]
+
+
+# ---- generation: GenEval's six categories (Ghosh et al. 2023, section 3) ----
+CATEGORIES = {                 # style of the captions, number of objects, are colours asked for
+    'single': ('bare', 1, False),
+    'two': ('bare', 2, False),
+    'counting': ('count', None, False),
+    'colours': ('list', 1, True),
+    'position': ('relation', 2, True),
+    'attribution': ('list', 2, True),
+}
+
+
+def satisfied(wanted: list[Object], category: str, found: list[Object]) -> bool:
     """Do objects `found` make the caption of `wanted` true, and no more? (GenEval allows more except
     in counting.) Position by its rule: the centre is off that way by more than a margin."""
-    coloured = category in ('colours', 'position', 'attribution')
-    key = lambda o: (o.shape, o.colour) if coloured else o.shape
+    _, _, coloured = CATEGORIES[category]
+
+    def key(o):
+        return (o.shape, o.colour) if coloured else o.shape
+
     if Counter(map(key, wanted)) != Counter(map(key, found)):
         return False
     if category != 'position':
         return True
-    a, b = (next(f for f in found if key(f) == key(w)) for w in wanted)
-    off = {'left of': b.x - a.x, 'right of': a.x - b.x, 'above': b.y - a.y, 'below': a.y - b.y}
-    return off[data.relation(*wanted)] > .1
+    place = {key(o): o for o in found}
+    a, b = [place[key(o)] for o in wanted]
+    off = {
+        'left of': b.x - a.x,
+        'right of': a.x - b.x,
+        'above': b.y - a.y,
+        'below': a.y - b.y,
+    }
+    where = data.relation(*wanted)
+    return off[where] > .1
 
-def prompts(world: World, category: str, n: int, split='test'):
+
+def prompts(world: DataSet, category: str, n: int, split='test'):
     """n scenes that fit a category -> (captions, wanted objects, true pictures [n, 3, S, S])."""
-    (style, count), out, index = CATEGORIES[category], [], 2**20
-    while len(out) < n:
-        scenes, r, rng = world.scenes(split, index, 128)
-        for (objs, _), image in zip(scenes, r.image):
-            fits = count in (None, len(objs)) and (category != 'two' or objs[0].shape != objs[1].shape)
-            if fits and (text := data.caption(objs, style, rng)):
-                out.append((text, objs, image))
+    style, count, _ = CATEGORIES[category]
+    found, index = [], 0
+    while len(found) < n:
+        scenes, r, rng = world.scenes(split, 'generation', index, 128)
         index += 1
-    texts, wanted, images = zip(*out[:n])
-    return texts, wanted, torch.stack(images)
+        for (objects, _), image in zip(scenes, r.image):
+            if count is not None and len(objects) != count:
+                continue
+            if category == 'two' and objects[0].shape == objects[1].shape:
+                continue
+            text = data.caption(objects, style, rng)
+            if text:
+                found.append((text, objects, image))
+    texts, wanted, images = zip(*found[:n])
+    return list(texts), list(wanted), torch.stack(images)
+
 
 @torch.no_grad()
-def generation(umm, tok, world: World, n=64, cfg=2., split='test') -> dict:
+def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
     """Share of n prompts per category whose picture passes; `verifier`: of true pictures; `ceiling`: of
     these after the tokenizer's round trip."""
-    g, rows = torch.Generator(world.device).manual_seed(0), {}
+    g = torch.Generator(world.device).manual_seed(0)
+    drawn, verifier, ceiling = {}, [], []
+
+    def passed(pictures):
+        found = detect(pictures)
+        right = 0
+        for asked, seen in zip(wanted, found):
+            right += int(satisfied(asked, category, seen))
+        return share(right, n)
+
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
         codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
-        rows[category] = [share(sum(satisfied(w, category, f) for w, f in zip(wanted, detect(x))), n)
-                          for x in (tok.decode(codes), images, tok.decode(tok.encode(images)))]
-    drawn, verifier, ceiling = zip(*rows.values())
-    return {'mean': mean_of(drawn), **dict(zip(rows, drawn)), 'verifier': mean_of(verifier),
-            'ceiling': mean_of(ceiling)}
+        drawn[category] = passed(tok.decode(codes))
+        verifier.append(passed(images))
+        ceiling.append(passed(tok.decode(tok.encode(images))))
+    mean = mean_of(list(drawn.values()))
+    return {'mean': mean, **drawn, 'verifier': mean_of(verifier), 'ceiling': mean_of(ceiling)}
 
-def reader(world: Folder, steps=600, B=64, rare=.02):
-    """No rule verifies a real picture: a small CNN learns from the training split which words of a
-    caption hold. -> f(pictures, captions): counts [n, words, (hits, true, right noes, false)]."""
-    spoken = lambda text: set(re.findall(r'\w+', text.lower()))
-    said = [spoken(row['caption']) for row in world.rows['train']]
-    often = {w: k / len(said) for w, k in Counter(w for words in said for w in words).items()}
-    words = sorted(w for w, p in often.items() if rare <= p <= 1 - rare)
-    label = lambda texts: torch.tensor([[float(w in s) for w in words] for s in map(spoken, texts)])
-    conv = lambda a, b: (torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.GroupNorm(8, b), torch.nn.GELU())
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
-        head = torch.nn.Linear(128 * math.ceil(world.size / 8) ** 2, len(words))
-        net = torch.nn.Sequential(*conv(3, 32), *conv(32, 64), *conv(64, 128), torch.nn.Flatten(),
-                                  torch.nn.Dropout(), head).to(world.device)
-        opt = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
-        falling = torch.optim.lr_scheduler.LinearLR(opt, 1, 0, steps)
-        loss = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1 / often[w] - 1 for w in words]))
+
+# ---- generation of real pictures: no rule verifies them, a small CNN reads them ----
+class Reader:
+    """Which words of a caption hold of a picture? Learned from the training split, from the words that
+    2% to 98% of its captions contain."""
+
+    def __init__(self, world: DataSet, steps=600, B=64, rare=.02):
+        self.world = world
+        said = Counter()
+        captions = 0
+        for i in range(math.ceil(min(world.limit('train'), 20_000) / B)):
+            for words in self.captions(world.scenes('train', 'reader words', i, B, pixels=False)):
+                said.update(self.words_of(words))
+                captions += 1
+        self.words, weight = [], []
+        for word, n in sorted(said.items()):
+            often = n / captions
+            if rare <= often <= 1 - rare:
+                self.words.append(word)
+                weight.append(1 / often - 1)                   # rare words count more
+        weight = torch.tensor(weight)
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            self.train(steps, B, nn.BCEWithLogitsLoss(pos_weight=weight))
+
+    def captions(self, batch) -> list[str]:
+        """Of a batch as scenes() gives it."""
+        scenes, _, rng = batch
+        return [self.world.describe(scene, 'list', rng) for scene in scenes]
+
+    def words_of(self, text: str) -> set:
+        """The distinct words of a caption."""
+        return set(re.findall(r'\w+', text.lower()))
+
+    def labels(self, texts):
+        """Captions -> [n, words], 1 where the word is there."""
+        rows = []
+        for text in texts:
+            said = self.words_of(text)
+            rows.append([float(word in said) for word in self.words])
+        return torch.tensor(rows)
+
+    def train(self, steps: int, B: int, loss):
+        """Three convolutions and a linear layer, on batches of real training pictures."""
+        side = math.ceil(self.world.size / 8)                  # after three halvings
+        layers = []
+        for a, b in ((3, 32), (32, 64), (64, 128)):
+            layers.append(nn.Conv2d(a, b, 3, 2, 1))
+            layers.append(nn.GroupNorm(8, b))
+            layers.append(nn.GELU())
+        layers.append(nn.Flatten())
+        layers.append(nn.Dropout())
+        layers.append(nn.Linear(128 * side ** 2, len(self.words)))
+        self.net = nn.Sequential(*layers).to(self.world.device)
+        optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3, weight_decay=.05)
+        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
         for step in range(steps):
-            rows, r, _ = world.scenes('train', 2**30 + step, B)
-            loss(net(r.image).cpu(), label([row['caption'] for row in rows])).backward()
-            opt.step(), opt.zero_grad(), falling.step()
-    def read(images, texts):
-        true, pred = label(texts) > 0, net.eval()(images).cpu() > 0                   # [n,words]
-        return torch.stack([true & pred, true, ~true & ~pred, ~true], -1).double()
-    return read
+            batch = self.world.scenes('train', 'reader', step, B)
+            logits = self.net(batch[1].image).cpu()                                   # [B,words]
+            loss(logits, self.labels(self.captions(batch))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            falling.step()
+        self.net.eval()
+
+    def __call__(self, images, texts):
+        """-> counts [n, words, (hits, true, right noes, false)] of what it reads in the pictures."""
+        true = self.labels(texts) > 0                                                 # [n,words]
+        read = self.net(images).cpu() > 0                                             # [n,words]
+        hits = true & read
+        noes = ~true & ~read
+        return torch.stack([hits, true, noes, ~true], -1).double()                    # [n,words,4]
+
+
+def balanced_accuracy(counts):
+    """[words, (hits, true, right noes, false)] -> mean over words of the mean of both rates."""
+    hits, true, noes, false = counts.unbind(-1)
+    return ((hits / true + noes / false) / 2).nanmean()
+
 
 @torch.no_grad()
-def recognition(umm, tok, world: Folder, n=192, cfg=2., split='test') -> dict:
-    """Generation on real pictures: how well `reader` tells the words of n captions in pictures drawn
+def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
+    """Generation on real pictures: how well `Reader` tells the words of n captions in pictures drawn
     from them, mean over words of balanced accuracy (chance 1/2). `verifier`: in true pictures, that is
     its own accuracy; `ceiling`: in these after the tokenizer; `other`: in what other captions drew."""
-    rows, r, _ = world.scenes(split, 2**20, n)
-    texts, read = [row['caption'] for row in rows], reader(world)
+    read = Reader(world)
+    batch = world.scenes(split, 'generation', 0, n)
+    image, texts = batch[1].image, read.captions(batch)
     g = torch.Generator(world.device).manual_seed(0)
-    drawn = tok.decode(draw(umm, world.text, texts, g, cfg=cfg)[0])
-    score = lambda c: ((c[:, 0] / c[:, 1] + c[:, 2] / c[:, 3]) / 2).nanmean()         # c [words,4]
-    kinds = zip(('mean', 'verifier', 'ceiling', 'other'),
-                (drawn, r.image, tok.decode(tok.encode(r.image)), drawn.roll(1, 0)))
-    return {kind: bootstrap(score, read(x, texts)) for kind, x in kinds}
+    codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
+    drawn = tok.decode(codes)
+    pictures = {'mean': drawn, 'verifier': image, 'ceiling': tok.decode(tok.encode(image)),
+                'other': drawn.roll(1, 0)}
+    return {name: bootstrap(balanced_accuracy, read(x, texts)) for name, x in pictures.items()}
+
 
 # ---- segmentation and tokenizer ----
 def classes_of(images, palette=data.PALETTE):
     """Segmentation pictures [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
-    return torch.cdist(images.permute(0, 2, 3, 1), palette.to(images.device) / 255).argmin(-1)  # [B,S,S]
+    colours = palette.to(images.device) / 255                                         # [k,3]
+    pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
+    return torch.cdist(pixels, colours).argmin(-1)                                    # [B,S,S]
+
 
 def miou(pred, true, k=len(data.CLASSES)) -> dict:
     """Mean over the classes that occur of intersection over union, pooled over pictures [n, S, S] with
     classes < k; pixels whose true class is 255 do not count. Bootstrapped over pictures."""
-    both = torch.where(true == 255, k * k, true * k + pred).flatten(1).cpu()          # [n,S*S]
-    joint = torch.stack([x.bincount(minlength=k * k + 1)[:-1] for x in both]).double()  # [n,k*k]
+    both = torch.where(true == 255, k * k, true * k + pred)                           # [n,S,S]
+    tables = []
+    for pairs in both.flatten(1).cpu():                                               # [S*S]
+        counts = pairs.bincount(minlength=k * k + 1)
+        tables.append(counts[:k * k])                          # without the ignored pixels
+    joint = torch.stack(tables).double().unflatten(1, (k, k))                         # [n,true,pred]
 
-    def score(c):                                        # confusion [..., k*k] -> mIoU [...]
-        c = c.unflatten(-1, (k, k))                                                   # [...,true,pred]
-        inside = c.diagonal(dim1=-2, dim2=-1)
-        union = c.sum(-1) + c.sum(-2) - inside                                        # [...,k]
-        return (inside / union.clamp(min=1)).sum(-1) / (union > 0).sum(-1)
+    def score(confusion):                                                             # [true,pred]
+        inside = confusion.diagonal()                                                 # [k]
+        union = confusion.sum(0) + confusion.sum(1) - inside                          # [k]
+        return (inside / union.clamp(min=1)).sum() / (union > 0).sum()
     return bootstrap(score, joint)
 
+
 @torch.no_grad()
-def segmentation(umm, tok, world: World, n=192, split='test') -> dict:
+def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
-    s, target, r = world.proxies(split, 2**21, n, 'seg')
+    s, target, r = world.maps_to_draw(split, 0, n, 'seg', stream='segmentation')
     s.image = umm.inputs(tok, s.image)
     drawn = tok.decode(umm.generate(s, temperature=0))
     best = tok.decode(tok.encode(target))
-    score = lambda x: miou(classes_of(x, r.palette), r.classes, len(r.palette))
-    return {'miou': score(drawn), 'ceiling': score(best)}
+    k = len(r.palette)
+    return {'miou': miou(classes_of(drawn, r.palette), r.classes, k),
+            'ceiling': miou(classes_of(best, r.palette), r.classes, k)}
+
 
 @torch.no_grad()
-def tokenizer(tok, world: World, n=512, split='test') -> dict:
-    """PSNR in dB of pictures and of each proxy's maps, mIoU of masks, codes used, perplexity of all."""
-    _, r, _ = world.scenes(split, 2**22, n)
-    scores, count = {}, torch.zeros(tok.c.codebook)
-    for name, proxy in {**world.maps, 'recon': data.PROXIES['recon']}.items():
-        x = proxy(r)
+def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
+    """PSNR in dB of pictures and of each kind of map, mIoU of masks, codes used, perplexity of all."""
+    _, r, _ = world.scenes(split, 'tokenizer', 0, n)
+    n, K = len(r.image), tok.c.codebook
+    scores, count = {}, torch.zeros(K)
+    for name in world.targets:
+        x = MAPS[name].draw(r)
         codes = tok.encode(x)
-        count += codes.flatten().bincount(minlength=tok.c.codebook).cpu()
         y = tok.decode(codes)
-        mse = (x - y).square().mean((1, 2, 3))                                        # [n]
-        psnr = bootstrap(lambda total: total / len(x), -10 * mse.log10().cpu())
-        scores['psnr' if name == 'recon' else 'psnr_' + name] = psnr
+        count += codes.flatten().bincount(minlength=K).cpu()
+        error = (x - y).square().mean((1, 2, 3))                                      # [n]
+        psnr = -10 * error.log10()
+        key = 'psnr' if name == 'recon' else f'psnr_{name}'
+        scores[key] = bootstrap(lambda total: total / n, psnr.cpu())
         if name == 'seg':
-            scores['mask_ceiling'] = miou(classes_of(y, r.palette), r.classes, len(r.palette))
-    p = count / count.sum()
-    return {**scores, 'used': share(int((count > 0).sum()), len(count)),
-            'perplexity': torch.exp(-(p * (p + 1e-10).log()).sum()).item()}
+            read = classes_of(y, r.palette)
+            scores['mask_ceiling'] = miou(read, r.classes, len(r.palette))
+    used = int((count > 0).sum())
+    scores['used'] = share(used, K)
+    entropy = torch.special.entr(count / count.sum()).sum()                           # nats a code
+    scores['perplexity'] = entropy.exp().item()
+    return scores
 
-def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
-    """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
-    n, S, line = max(len(r) for r in rows), rows[0].shape[-1] * scale, 13
-    heights = [S + gap + line * max([len(wrap(t, 21)) for t in texts] or [0])
-               for texts in [*captions, *[()] * (len(rows) - len(captions))]]
-    canvas = Image.new('RGB', (n * (S + gap) + gap, sum(heights) + gap), 'white')
-    draw, y = ImageDraw.Draw(canvas), gap
-    for k, row in enumerate(rows):
-        for i, x in enumerate(row):
-            pixels = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            canvas.paste(Image.fromarray(pixels).resize((S, S), Image.NEAREST), (gap + i * (S + gap), y))
-            if k < len(captions) and i < len(captions[k]):
-                at = gap + i * (S + gap), y + S
-                draw.multiline_text(at, fill(captions[k][i], 21), 'black', spacing=1)
-        y += heights[k]
-    return canvas
-
-@torch.no_grad()
-def picture(umm, tok, world: World, cfg=2., n=8) -> Image.Image:
-    """What the model can do, on validation scenes: drawings of texts; input, generated map, true map and
-    a question with the model's answer and, where that is wrong, the true one."""
-    scenes, r, rng = world.scenes('val', 2**21, n)
-    rows, notes, image = [r.image], [[]], umm.inputs(tok, r.image)
-    if world.captions:
-        kinds, g = list(CATEGORIES), torch.Generator(world.device).manual_seed(1)
-        wanted = [world.describe(s, 'list', rng) for s in scenes] if isinstance(world, Folder) else \
-            [prompts(world, kinds[i % len(kinds)], i + 1, 'val')[0][i] for i in range(n)]
-        rows, notes = [tok.decode(draw(umm, world.text, wanted, g, cfg=cfg)[0]), *rows], [wanted, *notes]
-    if 'seg' in world.maps:
-        s, target, _ = world.proxies('val', 2**21, n, 'seg')
-        s.image = image
-        rows, notes = [*rows, tok.decode(umm.generate(s, temperature=0)), target], [*notes, [], []]
-    if kinds := list(world.kinds):
-        qa = [next((x for k in kinds[i % len(kinds):] + kinds for x in world.ask(scene, k, rng)), '  ')
-              for i, scene in enumerate(scenes)]
-        s = data.pack(world.text, [[(q, None)] for q, _ in qa], image, world.device)
-        notes[-1] = [q.strip() and f'{q} {a}' + f' (true: {t})' * (a != t.lower())
-                     for (q, t), a in zip(qa, write(umm, world.text, s, temperature=0))]
-    return grid(rows, notes)
 
 # ---- everything at once ----
-def evaluate(umm, tok, world: World, n=512, cfg=2., split='test') -> dict:
-    """All measurements, nested; n pictures for understanding, in proportion for the others."""
-    world, real = copy.copy(world), isinstance(world, Folder)
-    umm.eval(), tok.eval()
-    world.seed, n = 0, min(n, world.limit(split))              # the same scenes for every run
-    drawing = recognition(umm, tok, world, min(n, 192), cfg, split) if real and world.captions else \
-        {} if real else generation(umm, tok, world, max(2, n // 8), cfg, split)
-    maps = 'seg' in world.maps and segmentation(umm, tok, world, min(256, max(2, n * 3 // 8)), split)
-    chance = {} if real else data.CHANCE | {'mean': sum(data.CHANCE.values()) / len(data.CHANCE)}
-    return {'understanding': understanding(umm, tok, world, n, split), 'chance': chance,
-            'blind': blind(world, n, split), 'generation': drawing, 'segmentation': maps or {},
-            'tokenizer': tokenizer(tok, world, n, split)}
+def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
+    """All measurements, nested; n pictures for understanding, in proportion for the others. umm None:
+    only the tokenizer is trained yet."""
+    tok.eval()
+    world = copy.copy(world)
+    world.seed = 0                                             # the same scenes for every run
+    n = min(n, world.limit(split))
+    scores = {'understanding': {}, 'chance': {}, 'blind': {}, 'generation': {}, 'segmentation': {},
+              'tokenizer': tokenizer(tok, world, n, split)}
+    if umm is None:
+        return scores
+    umm.eval()
+    scores['understanding'] = understanding(umm, tok, world, n, split)
+    scores['blind'] = blind(world, n, split)
+    if world.chance:
+        mean = sum(world.chance.values()) / len(world.chance)
+        scores['chance'] = {**world.chance, 'mean': mean}
+    if world.exact:
+        each = max(2, n // 8)                                  # prompts a category
+        scores['generation'] = generation(umm, tok, world, each, cfg, split)
+    elif world.captions:
+        scores['generation'] = recognition(umm, tok, world, min(n, 192), cfg, split)
+    if 'seg' in world.maps:
+        pictures = min(256, max(2, n * 3 // 8))
+        scores['segmentation'] = segmentation(umm, tok, world, pictures, split)
+    return scores
+
+
+def as_text(f) -> str:
+    """A figure with its interval, or a plain number."""
+    if isinstance(f, float):
+        return f'{f:.0f}'
+    if f['n'] == 0:
+        return '-'
+    value, low, high = f['value'], f['low'], f['high']
+    return f'{value:.3f} [{low:.3f}, {high:.3f}]'
+
 
 def table(scores: dict) -> str:
     """The scores as Markdown."""
-    show = lambda f: f'{f:.0f}' if isinstance(f, float) else '-' if not f['n'] else \
-        f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]"
-    chance, rows = scores.get('chance', {}), []
+    rows = [('**understanding**', '[95% interval]', 'n', 'blind', 'chance')]
     for part in ('understanding', 'generation', 'segmentation', 'tokenizer'):
-        rows += [('**' + part + '**', '[95% interval]', 'n', *['blind', 'chance'] * (not rows))]
-        for k, f in scores[part].items():
-            beside = [show(scores['blind'][k])[:5], f'{chance[k]:.3f}' if chance else ''] if (
-                part == 'understanding' and k in scores['blind']) else []
-            rows += [(k, show(f), '' if isinstance(f, float) else f['n'], *beside)]
-    lines = ['| ' + ' | '.join(f'{c!s:<{w}}' for c, w in zip((*r, '', ''), (17, 23, 5, 5, 6))) + ' |'
-             for r in rows]
-    return '\n'.join([lines[0], '|' + '---|' * 5, *lines[1:]])
+        if part != 'understanding':
+            rows.append((f'**{part}**', '[95% interval]', 'n', '', ''))
+        for name, f in scores[part].items():
+            n = '' if isinstance(f, float) else f['n']
+            guess = blindly = ''
+            if part == 'understanding' and name in scores['blind']:
+                blindly = as_text(scores['blind'][name])[:5]
+                if name in scores['chance']:
+                    guess = f"{scores['chance'][name]:.3f}"
+            rows.append((name, as_text(f), n, blindly, guess))
+    lines = []
+    for row in rows:
+        cells = [str(cell).ljust(width) for cell, width in zip(row, (17, 23, 5, 5, 6))]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    lines.insert(1, '|---|---|---|---|---|')
+    return '\n'.join(lines)
+
 
 def report(scores: dict, path: Path):
     """Print the table and write it, with all digits, to `path`."""
     print(table(scores))
-    Path(f'{path}.part').write_text(json.dumps(scores, indent=1) + '\n')
-    os.replace(f'{path}.part', path)
+    part = Path(f'{path}.part')
+    part.write_text(json.dumps(scores, indent=1) + '\n')
+    os.replace(part, path)
+
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
@@ -361,11 +590,16 @@ def main(argv=None):
     if a.n < 16 or not 0 <= a.cfg <= 100:
         raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
     device = data.find_device(a.device)
-    tok, umm, text, _, meta = load(Path(a.run) / 'model.safetensors', device)
+    run = Path(a.run)
+    tok, umm, text, _, meta = load(run / 'model.safetensors', device)
     s = meta['settings']
-    world = open_world(a.data or s.get('data'), umm.c.size, 0, device, text, s.get('skip_bad'))
+    folder = a.data or s.get('data')
+    world = open_world(folder, umm.c.size, 0, device, text, s.get('skip_bad'))
+    if meta['stage'] == 'pretrain' and meta['step'] == 0:
+        umm = None                                             # not trained yet
     scores = evaluate(umm, tok, world, a.n, a.cfg, a.split)
-    report(scores, Path(a.run) / f'scores_{a.split}.json')
+    report(scores, run / f'scores_{a.split}.json')
+
 
 if __name__ == '__main__':
     data.guard(main)

@@ -1,4 +1,4 @@
-"""Real pictures: a folder with captions, questions and masks as a World like the procedural one.
+"""Real pictures: a folder with captions, questions and masks as a data set.
 
     python train.py --data DIR      DIR is laid out as Hugging Face's ImageFolder:
                                     {train,validation,test}/metadata.jsonl and the files these name
@@ -29,21 +29,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import MAPS, MAX_PLAN, MAX_TEXT, PALETTE, REASON, SPLITS, Rendering, UserError, World
+from data import (MAX_PLAN, MAX_TEXT, PALETTE, REASON, SPLITS, DataSet, Rendering, UserError, World,
+                  python_random)
 
 FORMAT = 2                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
 THIRDS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'center', 'right')]
+MOST_PLANNED = 8               # objects in a plan: the largest ones
+ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field of a Rendering
 
+
+# ---- pictures ----
 def palette(n: int):
     """Colours of n classes, [n, 3]: PALETTE, then points of a grid in the RGB cube, each the farthest
     from all before it, so that the classes named first are told apart best."""
-    side, colours = next(k for k in range(3, 8) if k ** 3 >= n), PALETTE[:n]
-    grid = torch.cartesian_prod(*[torch.linspace(0, 255, side).round().long()] * 3)   # [side^3,3]
+    side = 3
+    while side ** 3 < n:
+        side += 1
+    steps = torch.linspace(0, 255, side).round().long()
+    grid = torch.cartesian_prod(steps, steps, steps)                                  # [side^3,3]
+    colours = PALETTE[:n]
     while len(colours) < n:
-        far = torch.cdist(grid.float(), colours.float()).amin(1)                      # [side^3]
-        colours = torch.cat([colours, grid[far.argmax()][None]])
+        distance = torch.cdist(grid.float(), colours.float()).amin(1)                 # [side^3]
+        farthest = grid[distance.argmax()]
+        colours = torch.cat([colours, farthest[None]])
     return colours
+
 
 def upright(path) -> Image.Image:
     """A picture file of any size and mode: RGB, turned upright, on white."""
@@ -54,152 +65,242 @@ def upright(path) -> Image.Image:
                 raise UserError(f'{path} has {im.width} x {im.height} pixels, {MAX_PIXELS:,} at most: '
                                 'shrink it')
             im = ImageOps.exif_transpose(im)
-            if im.mode.startswith(('I', 'F')):       # 16 bits and float: stretch to 8 bits, do not clip
-                a = np.asarray(im, dtype=np.float32)
-                im = Image.fromarray(((a - a.min()) / max(1e-6, np.ptp(a)) * 255).astype(np.uint8))
+            if im.mode.startswith(('I', 'F')):                 # 16 bits and float: do not clip
+                im = stretched(im)
             im = im.convert('RGBA')
-            return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+            white = Image.new('RGBA', im.size, 'white')
+            return Image.alpha_composite(white, im).convert('RGB')
     except FileNotFoundError:
         raise UserError(f'there is no picture {path}')
     except UserError:
         raise
     except Exception as e:                           # PIL raises many kinds on broken files
-        raise UserError(f'cannot read {path} as a picture ({type(e).__name__}: {str(e)[:60]}): '
-                        'give a PNG or JPEG')
+        why = f'{type(e).__name__}: {str(e)[:60]}'
+        raise UserError(f'cannot read {path} as a picture ({why}): give a PNG or JPEG')
+
+
+def stretched(im: Image.Image) -> Image.Image:
+    """Numbers of any range as 8 bits: from 0 for the least to 255 for the largest that occurs."""
+    a = np.asarray(im, dtype=np.float32)
+    span = max(1e-6, np.ptp(a))
+    a = (a - a.min()) / span * 255
+    return Image.fromarray(a.astype(np.uint8))
+
 
 def shrunk(im: Image.Image, size: int):
     """Resized by area -> uint8 [3, size, size]."""
-    return torch.from_numpy(np.array(im.resize((size, size), Image.BOX))).permute(2, 0, 1)    # [3,S,S]
+    pixels = np.array(im.resize((size, size), Image.BOX))                             # [S,S,3]
+    return torch.from_numpy(pixels).permute(2, 0, 1)                                  # [3,S,S]
 
-read_image = lambda path, size: shrunk(upright(path), size)
 
-def said_in(row: dict, size) -> dict:
-    """The texts of a row, checked; size: (width, height) of its upright picture in pixels."""
-    def text(value, key):
-        if type(value) is not str or not value.strip():
-            raise ValueError(f'{key} is {value!r:.40}: it must be a text')
-        value.encode()                                         # lone surrogates: ValueError
-        return ' '.join(value.split())
-    lists = {}
-    for key in ('qa', 'objects'):
-        lists[key] = row.get(key) or []
-        if type(lists[key]) is not list or not all(type(x) is dict for x in lists[key]):
+def read_image(path, size: int):
+    """A picture file as a model sees it: uint8 [3, size, size]."""
+    return shrunk(upright(path), size)
+
+
+# ---- a row of metadata.jsonl, checked: ValueError says what is wrong with it ----
+def text_of(value, key: str) -> str:
+    """A text with single spaces."""
+    if type(value) is not str or not value.strip():
+        raise ValueError(f'{key} is {value!r:.40}: it must be a text')
+    value.encode()                                             # lone surrogates: ValueError
+    return ' '.join(value.split())
+
+
+def list_of(row: dict, key: str) -> list[dict]:
+    """The list of objects under a key, empty where there is none."""
+    found = row.get(key) or []
+    if type(found) is not list:
+        raise ValueError(f'{key} must be a list of objects, {{...}}')
+    for x in found:
+        if type(x) is not dict:
             raise ValueError(f'{key} must be a list of objects, {{...}}')
-    caption = row.get('caption') and text(row['caption'], 'caption')
-    said, found = {'file': row['file_name'], 'caption': caption or '', 'qa': []}, []
-    for q in lists['qa']:
-        kind = text(q.get('type', 'question'), 'type')
+    return found
+
+
+def plan_of(objects: list[dict], width: int, height: int) -> str:
+    """A plan to draw by: 'top left a cat, ...', the largest objects in reading order."""
+    found = []
+    for o in objects:
+        box = o.get('bbox')
+        if box is None:
+            continue                                           # nothing of it is seen
+        x0, y0, x1, y1 = [float(v) for v in box]
+        if not (0 <= x0 < x1 <= width + 1 and 0 <= y0 < y1 <= height + 1):
+            raise ValueError(f'bbox is {box}: it must be [x0, y0, x1, y1] in pixels of the upright '
+                             f'picture, {(width, height)}')
+        row = min(2, int(1.5 * (y0 + y1) / height))            # third of the picture that it lies in
+        column = min(2, int(1.5 * (x0 + x1) / width))
+        place = 3 * row + column
+        name = text_of(o.get('name'), 'name')
+        area = (x1 - x0) * (y1 - y0)
+        found.append((area, place, x0 + x1, f'{THIRDS[place]} {name}'))
+    largest = sorted(found)[-MOST_PLANNED:]
+    in_order = sorted(largest, key=lambda o: o[1:])
+    return ', '.join(words for _, _, _, words in in_order)
+
+
+def said_in(row: dict, width: int, height: int) -> dict:
+    """The texts of a row, whose upright picture has that size in pixels."""
+    said = {'file': row['file_name'], 'caption': '', 'qa': []}
+    if row.get('caption'):
+        said['caption'] = text_of(row['caption'], 'caption')
+    for q in list_of(row, 'qa'):
+        kind = text_of(q.get('type', 'question'), 'type')
         if kind in ('mean', 'reason', *REASON):
             raise ValueError(f'the type {kind!r} is taken: choose another name')
-        said['qa'].append((kind, [text(q.get(k), k).lower() for k in ('question', 'answer')]))
-    for o in lists['objects']:
-        if o.get('bbox') is None:
-            continue                                           # nothing of it is seen
-        x0, y0, x1, y1 = map(float, o['bbox'])
-        if not (0 <= x0 < x1 <= size[0] + 1 and 0 <= y0 < y1 <= size[1] + 1):
-            raise ValueError(f"bbox is {o['bbox']}: it must be [x0, y0, x1, y1] in pixels of the "
-                             f'upright picture, {size}')
-        row_of, column = (min(2, int(1.5 * v)) for v in ((y0 + y1) / size[1], (x0 + x1) / size[0]))
-        at, name = 3 * row_of + column, text(o.get('name'), 'name')
-        found.append(((x1 - x0) * (y1 - y0), at, x0 + x1, f'{THIRDS[at]} {name}'))
-    # a plan to draw by: the eight largest objects in reading order
-    said['plan'] = ', '.join(o[-1] for o in sorted(sorted(found)[-8:], key=lambda o: o[1:]))
+        question = text_of(q.get('question'), 'question')
+        answer = text_of(q.get('answer'), 'answer')
+        said['qa'].append((kind, [question.lower(), answer.lower()]))
+    said['plan'] = plan_of(list_of(row, 'objects'), width, height)
     return said
 
+
+def read_mask(path, whole: tuple, size: int, classes: int):
+    """An indexed PNG, as large as its picture -> classes [size, size]."""
+    with Image.open(path) as im:
+        if im.size != whole or im.mode not in ('P', 'L'):
+            raise ValueError(f'{path.name} is {im.size}, mode {im.mode}; it must have the size of the '
+                             f'upright picture, {whole}, and mode P or L')
+        mask = np.array(im.resize((size, size), Image.NEAREST))                       # [S,S]
+    unknown = set(np.unique(mask).tolist()) - {*range(classes), 255}
+    if unknown:
+        raise ValueError(f'{path.name} has class {max(unknown)}; classes.json names {classes}')
+    return torch.from_numpy(mask)
+
+
 def read_row(folder: Path, line: str, size: int, classes: int):
-    """A line of metadata.jsonl, checked -> (what is said of its picture, its arrays of bytes)."""
+    """A line of metadata.jsonl -> (what is said of its picture, its arrays of bytes)."""
     row = json.loads(line)
     if type(row) is not dict or type(row.get('file_name')) is not str:
         raise ValueError('it must be a JSON object with a file_name')
-    picture = upright(folder / row['file_name'])
-    arrays, whole = {'image': shrunk(picture, size)}, picture.size       # of which mask and boxes are
+    im = upright(folder / row['file_name'])
+    arrays = {'image': shrunk(im, size)}
     if row.get('mask'):
-        with Image.open(folder / row['mask']) as im:
-            if im.size != whole or im.mode not in ('P', 'L'):
-                raise ValueError(f"{row['mask']} is {im.size}, mode {im.mode}; it must have the "
-                                 f'size of the upright picture, {whole}, and mode P or L')
-            arrays['mask'] = torch.from_numpy(np.array(im.resize((size, size), Image.NEAREST)))  # [S,S]
-        if unknown := set(arrays['mask'].unique().tolist()) - {*range(classes), 255}:
-            raise ValueError(f"{row['mask']} has class {max(unknown)}; classes.json names {classes}")
+        arrays['mask'] = read_mask(folder / row['mask'], im.size, size, classes)
     if row.get('depth'):
         arrays['depth'] = read_image(folder / row['depth'], size)[0]                  # [S,S]
-    return said_in(row, whole) | {k: k in arrays for k in ('mask', 'depth')}, arrays
+    said = said_in(row, *im.size)
+    for key in ANNOTATIONS:
+        said[key] = key in arrays
+    return said, arrays
 
-class Folder(World):
-    """Batches from the folder described above. Decoded once: root/.cache is used until the size or time
-    of a file changes. Raises UserError where something is wrong with it."""
+
+def class_names(path: Path) -> list:
+    """Of classes.json; none where there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        names = json.loads(path.read_bytes())['mask_classes']
+        if type(names) is not list or len(names) > 255:
+            raise ValueError('a list of 255 names at most')
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise UserError(f'{path} is not {{"mask_classes": ["background", ...]}}: {e!r:.60}')
+    return names
+
+
+# ---- the data set ----
+class Folder(DataSet):
+    """Batches from the folder described above; a scene is a row. Decoded once: root/.cache is used until
+    the size or time of a file changes. Raises UserError where something is wrong with it."""
     vocab = 1024
 
     def __init__(self, root, size=32, seed=0, device='cpu', text=None, skip_bad=False):
-        self.root, self.size, self.skip_bad = Path(root), size, skip_bad
-        names = self.root / 'classes.json'
-        try:
-            classes = json.loads(names.read_bytes())['mask_classes'] if names.exists() else []
-            if type(classes) is not list or len(classes) > 255:
-                raise ValueError('a list of 255 names at most')
-        except (ValueError, LookupError, TypeError, RecursionError) as e:
-            raise UserError(f'{names} is not {{"mask_classes": ["background", ...]}}: {e!r:.60}')
-        self.palette, (self.rows, self.arrays) = palette(len(classes)), self.cached(len(classes))
+        self.root = Path(root)
+        self.size = size
+        self.skip_bad = skip_bad
+        self.classes = len(class_names(self.root / 'classes.json'))
+        self.palette = palette(self.classes)
+        self.rows, self.arrays = self.cached()
         self.checksum = zlib.crc32(json.dumps(self.rows).encode())
         for k in sorted(self.arrays):
             self.checksum = zlib.crc32(self.arrays[k].numpy(), self.checksum)
-        rows = sum(self.rows.values(), [])
-        lack = {k: [row['file'] for row in rows if not row[k]] for k in ('caption', 'mask', 'depth')}
         self.kinds = tuple(sorted({kind for row in self.rows['train'] for kind, _ in row['qa']}))
-        for name in ('caption', 'mask'):
-            if lack[name]:
-                print(f'{root}: no {name} in {len(lack[name])} of {len(rows)} rows, the first '
-                      f'{lack[name][0]}: what needs it is switched off')
+        self.example = self.rows['train'][0]['caption'] or self.example
+        self.captions = self.all_have('caption')
+        self.annotated = tuple(name for key, name in ANNOTATIONS.items() if self.all_have(key))
         if not self.kinds:
             print(f'{root}: no qa in train: what needs it is switched off')
-        if not self.kinds and lack['caption']:
+        if not self.kinds and not self.captions:
             raise UserError(f'{root} has neither captions nor questions: there is nothing to learn')
-        maps = {'edge', *['seg'] * (not lack['mask']), *['depth'] * (not lack['depth'])}
-        self.captions, self.maps = not lack['caption'], {k: f for k, f in MAPS.items() if k in maps}
-        self.example = self.rows['train'][0]['caption']
-        known = {answer for row in self.rows['train'] for _, (_, answer) in row['qa']}
-        asked = [a for s in SPLITS[1:] for row in self.rows[s] for _, (_, a) in row['qa']]
-        if new := [a for a in asked if a not in known]:
-            print(f'{root}: {len(new)} of {len(asked)} answers of validation and test never occur in '
-                  f'train, such as {new[0]!r}: they count as wrong')
+        self.warn_of_new_answers()
         super().__init__(size, seed, device, text)
-        for row in rows:                                # longer ones have no positions in the model
-            texts = [(*qa, 0) for _, qa in row['qa']] + [(row['caption'], row['plan'], MAX_PLAN)]
-            for a, b, more in texts:
-                if len((a + b).encode()) + more < MAX_TEXT - 14:      # a token is a byte or more
-                    continue
-                n = len(self.text.encode(a)) + len(self.text.encode(b)) + more
-                if n > MAX_TEXT - 12:
-                    raise UserError(f"{root}: a text about {row['file']} has {n - more} tokens, at most "
-                                    f'{MAX_TEXT - 12 - more}: shorten {a[:40]!r}')
+        self.check_lengths()
 
-    def cached(self, classes: int):
+    def all_rows(self) -> list:
+        return [row for split in SPLITS for row in self.rows[split]]
+
+    def all_have(self, key: str) -> bool:
+        """Is it in every row? If not, say so: what needs it is switched off."""
+        rows = self.all_rows()
+        lack = [row['file'] for row in rows if not row[key]]
+        if lack and key != 'depth':                            # which few have
+            print(f'{self.root}: no {key} in {len(lack)} of {len(rows)} rows, the first {lack[0]}: '
+                  'what needs it is switched off')
+        return not lack
+
+    def warn_of_new_answers(self):
+        known = {answer for row in self.rows['train'] for _, (_, answer) in row['qa']}
+        asked = []
+        for split in SPLITS[1:]:
+            for row in self.rows[split]:
+                asked += [answer for _, (_, answer) in row['qa']]
+        new = [answer for answer in asked if answer not in known]
+        if new:
+            print(f'{self.root}: {len(new)} of {len(asked)} answers of validation and test never occur '
+                  f'in train, such as {new[0]!r}: they count as wrong')
+
+    def check_lengths(self):
+        """Longer texts have no positions in the model."""
+        for row in self.all_rows():
+            texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
+            texts.append((row['caption'], row['plan'], MAX_PLAN))
+            for a, b, more in texts:
+                room = MAX_TEXT - 12 - more
+                if len((a + b).encode()) < room - 2:           # a token is a byte or more
+                    continue
+                n = len(self.text.encode(a)) + len(self.text.encode(b))
+                if n > room:
+                    raise UserError(f"{self.root}: a text about {row['file']} has {n} tokens, at most "
+                                    f'{room}: shorten {a[:40]!r}')
+
+    # -- reading the folder
+    def cached(self):
         """-> ({split: rows}, {'split.name': bytes [n, ...]}), from root/.cache, or decoded and kept."""
-        files = [self.root / 'classes.json']
-        for split in SPLITS:
-            files.append(self.meta(split))
-            with contextlib.suppress(ValueError, RecursionError):      # read() will tell which line
-                rows = [json.loads(line) for line in self.lines(split) if line.strip()]
-                files += [files[-1].parent / row[k] for row in rows if type(row) is dict
-                          for k in ('file_name', 'mask', 'depth') if type(row.get(k)) is str]
-        stat = [(str(p), s.st_size, s.st_mtime_ns) for p in files if p.exists() and (s := p.stat())]
-        key = hashlib.sha256(repr((FORMAT, self.skip_bad, stat)).encode()).hexdigest()[:16]
-        path = self.root / '.cache' / f'{self.size}-{key}.safetensors'
+        path = self.root / '.cache' / f'{self.size}-{self.fingerprint()}.safetensors'
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):
             arrays = load_file(path)
             return json.loads(arrays.pop('rows').numpy().tobytes()), arrays
-        rows, arrays = self.read(classes)
+        rows, arrays = self.read()
         text = torch.frombuffer(bytearray(json.dumps(rows), 'utf-8'), dtype=torch.uint8)
+        part = Path(f'{path}.part')
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file(arrays | {'rows': text}, f'{path}.part')
-            os.replace(f'{path}.part', path)
+            save_file(arrays | {'rows': text}, part)
+            os.replace(part, path)
             for old in path.parent.glob(f'{self.size}-*'):
                 if old != path:
                     old.unlink(missing_ok=True)                # of pictures that have changed
         except (OSError, SafetensorError) as e:
             print(f'cannot keep {path} ({e}): the next start decodes again')
         return rows, arrays
+
+    def fingerprint(self) -> str:
+        """A hash of size and time of all files: another one when any of them changes."""
+        files = [self.root / 'classes.json']
+        for split in SPLITS:
+            meta = self.meta(split)
+            files.append(meta)
+            with contextlib.suppress(ValueError, RecursionError):      # read() will tell which line
+                rows = [json.loads(line) for line in self.lines(split) if line.strip()]
+                files += files_of(rows, meta.parent)
+        known = []
+        for path in files:
+            if path.exists():
+                stat = path.stat()
+                known.append((str(path), stat.st_size, stat.st_mtime_ns))
+        key = repr((FORMAT, self.skip_bad, known))
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def meta(self, split) -> Path:
         path = self.root / {'val': 'validation'}.get(split, split) / 'metadata.jsonl'
@@ -213,67 +314,109 @@ class Folder(World):
         except UnicodeDecodeError as e:
             raise UserError(f'{self.meta(split)} is not UTF-8: {e}')
 
-    def read(self, classes: int):
+    def read(self):
         """Decode all. A bad line ends the program or, with skip_bad, is counted and left out."""
-        rows, arrays, seen, bad = {split: [] for split in SPLITS}, {}, {}, []
+        rows, arrays, seen, bad = {}, {}, {}, []
         for split in SPLITS:
-            meta, kept = self.meta(split), []
-            for n, line in enumerate(tqdm(self.lines(split), f'reading {split}', delay=2), 1):
-                if not line.strip():
-                    continue
-                try:
-                    row, found = read_row(meta.parent, line, self.size, classes)
-                    first = seen.setdefault(found['image'].numpy().tobytes(), split)
-                    if first != split:
-                        raise ValueError(f'its picture is in {first} too')
-                    kept.append((row, found))
-                except Exception as e:                         # a stranger's data: whatever is wrong
-                    kind = '' if isinstance(e, (UserError, ValueError)) else type(e).__name__ + ': '
-                    bad.append(f'{meta}:{n}: {kind}' + ' '.join(str(e).split())[:200])
-                    if not self.skip_bad:
-                        raise UserError(f'{bad[-1]}. Mend the line, or leave it out: --skip-bad')
+            kept = self.read_split(split, seen, bad)
             if not kept:
-                raise UserError(f'{meta} has no row that can be used. {bad[-1:]}')
+                raise UserError(f'{self.meta(split)} has no row that can be used. {bad[-1:]}')
             if split != 'train':     # in a fixed random order: the first n are then a fair sample of all
                 random.Random(0).shuffle(kept)
             rows[split] = [row for row, _ in kept]
-            arrays |= {f'{split}.{k}': torch.stack([found[k] for _, found in kept])
-                       for k in kept[0][1] if all(k in found for _, found in kept)}
+            for key in kept[0][1]:
+                found = [arrays_of_row.get(key) for _, arrays_of_row in kept]
+                if all(array is not None for array in found):
+                    arrays[f'{split}.{key}'] = torch.stack(found)
         if bad:
             print(f'{self.root}: left out {len(bad)} bad rows, the first: {bad[0]}')
         return rows, arrays
 
+    def read_split(self, split: str, seen: dict, bad: list) -> list:
+        """-> [(row, arrays)]; seen: {picture: split} so far, which grows; bad: messages, which grow."""
+        meta, kept = self.meta(split), []
+        for n, line in enumerate(tqdm(self.lines(split), f'reading {split}', delay=2), 1):
+            if not line.strip():
+                continue
+            try:
+                row, found = read_row(meta.parent, line, self.size, self.classes)
+                first = seen.setdefault(found['image'].numpy().tobytes(), split)
+                if first != split:
+                    raise ValueError(f'its picture is in {first} too')
+                kept.append((row, found))
+            except Exception as e:                             # a stranger's data: whatever is wrong
+                why = ' '.join(str(e).split())[:200]
+                if not isinstance(e, (UserError, ValueError)):
+                    why = f'{type(e).__name__}: {why}'
+                bad.append(f'{meta}:{n}: {why}')
+                if not self.skip_bad:
+                    raise UserError(f'{bad[-1]}. Mend the line, or leave it out: --skip-bad')
+        return kept
+
+    # -- what a data set defines
     def limit(self, split):
         return len(self.rows[split])
 
-    def scenes(self, split, index, B, pixels=True):
-        """As World's; a scene is a row. In training at random; else in order, fewer at the end."""
-        rng, n = random.Random(f'{self.seed}/{split}/{index}'), len(self.rows[split])
-        first = index % 2**20 * B % n               # evaluations count batches from a multiple of 2^20
-        at = [*range(first, min(first + B, n))]
-        at = [rng.randrange(n) for _ in range(B)] if split == 'train' else at
-        none = torch.zeros(len(at), self.size, self.size, dtype=torch.long, device=self.device)
-        image, classes, depth = (x[at].to(self.device) if x is not None else none for x in (
-            self.arrays.get(f'{split}.{k}') for k in ('image', 'mask', 'depth')))
-        r = Rendering(image / 255, classes.long(), none, depth / 255, self.palette)
-        return [self.rows[split][i] for i in at], r, rng
+    def scenes(self, split, stream, index, B, pixels=True):
+        """-> (rows, their Rendering, a random.Random). In training at random; else in order, the
+        batches of a stream one after another, fewer at the end."""
+        rng = python_random(self.seed, split, stream, index)
+        n = len(self.rows[split])
+        if split == 'train':
+            chosen = [rng.randrange(n) for _ in range(B)]
+        else:
+            first = index * B % n
+            chosen = list(range(first, min(first + B, n)))
+        rows = [self.rows[split][i] for i in chosen]
+        none = torch.zeros(len(chosen), self.size, self.size, dtype=torch.uint8)
+        found = {}
+        for key in ('image', 'mask', 'depth'):
+            array = self.arrays.get(f'{split}.{key}')
+            bytes_ = none if array is None else array[chosen]
+            found[key] = bytes_.to(self.device)
+        r = Rendering(found['image'] / 255, found['mask'].long(), none.long().to(self.device),
+                      found['depth'] / 255, self.palette)
+        return rows, r, rng
 
     def corpus(self):
         """The thousand most frequent words of train."""
-        words = Counter(w for row in self.rows['train'] for text in (row['caption'], row['plan'],
-                        *(w for _, qa in row['qa'] for w in qa)) for w in text.lower().split())
-        return [w for w, _ in words.most_common(1000)]
+        words = Counter()
+        for row in self.rows['train']:
+            texts = [row['caption'], row['plan']]
+            for _, question_and_answer in row['qa']:
+                texts += question_and_answer
+            for text in texts:
+                words.update(text.lower().split())
+        return [word for word, _ in words.most_common(1000)]
 
     def ask(self, scene, kind, rng):
         return [qa for k, qa in scene['qa'] if k == kind]
 
-    def turns(self, scene, Q, rng, kinds=()):
+    def turns(self, scene, Q, rng, kinds):
         return rng.sample(scene['qa'], min(Q, len(scene['qa'])))
 
     def describe(self, scene, style, rng):
-        return {'list': scene['caption'] * self.captions, 'place': scene['plan']}.get(style)
+        if style == 'list' and self.captions:
+            return scene['caption']
+        if style == 'place':
+            return scene['plan']
+        return None
 
-def open_world(folder, size, seed, device, text=None, skip_bad=False) -> World:
+
+def files_of(rows: list, folder: Path) -> list:
+    """The files that rows of metadata name."""
+    files = []
+    for row in rows:
+        if type(row) is not dict:
+            continue
+        for key in ('file_name', 'mask', 'depth'):
+            if type(row.get(key)) is str:
+                files.append(folder / row[key])
+    return files
+
+
+def open_world(folder, size, seed, device, text=None, skip_bad=False) -> DataSet:
     """The procedural world, or the folder of real pictures that is named."""
-    how = size, seed, device, text
-    return Folder(folder, *how, skip_bad) if folder else World(*how)
+    if folder:
+        return Folder(folder, size, seed, device, text, skip_bad)
+    return World(size, seed, device, text)

@@ -17,7 +17,7 @@ D channels of a head, V text vocabulary, K codebook, S side of a picture, G of i
 """
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -30,21 +30,27 @@ from safetensors.torch import save_file
 from data import MAX_PLAN, MAX_TEXT, Sequence, Text, UserError, pack
 
 
+def setting(default, help: str, least=0, most=2**62, one_of=()):
+    """A field that is a flag of train.py too: its default, what it means and what it may be."""
+    return field(default=default, metadata=dict(help=help, least=least, most=most, one_of=one_of))
+
+
 @dataclass
 class Config:
     """Everything needed to rebuild both networks; it travels inside the checkpoint."""
-    size: int = 32               # S, side of a picture in pixels
-    patch: int = 4               # side in pixels of what one code, or one input token, stands for
-    codebook: int = 512          # K, number of codes
-    code_dim: int = 8            # channels of a code
-    vq_width: int = 64           # channels of the tokenizer
-    vq_depth: int = 2            # residual blocks in the encoder and in the decoder
-    quantizer: str = 'vq'        # 'vq' (learned codebook) or 'fsq' (fixed grid)
-    vocab: int = 512             # V, text tokens, the special ones included
-    n_layer: int = 4             # transformer blocks
-    n_head: int = 3              # H
-    n_embd: int = 96             # C
-    image_input: str = 'patch'   # how the input picture enters: 'patch' (pixels) or 'code' (VQ codes)
+    size: int = setting(32, 'S, side of a picture in pixels', 16, 512)
+    patch: int = setting(4, 'side in pixels of what one code, or one input token, stands for', 1, 64)
+    codebook: int = setting(512, 'K, number of codes', 2, 2**18)
+    code_dim: int = setting(8, 'channels of a code', 1, 2**18)
+    vq_width: int = setting(64, 'channels of the tokenizer', 8, 2**18)
+    vq_depth: int = setting(2, 'residual blocks in the encoder and in the decoder', 1, 512)
+    quantizer: str = setting('vq', 'vq (learned codebook) or fsq (fixed grid)', one_of=('vq', 'fsq'))
+    n_layer: int = setting(4, 'transformer blocks', 1, 512)
+    n_head: int = setting(3, 'H, attention heads', 1, 2**18)
+    n_embd: int = setting(96, 'C, channels of the transformer', 4, 2**18)
+    image_input: str = setting('patch', 'input pictures as pixel patches (patch) or as VQ codes (code)',
+                               one_of=('patch', 'code'))
+    vocab: int = 512             # V, text tokens, the special ones included: follows from the data
 
     @property
     def grid(self) -> int:
@@ -299,8 +305,8 @@ class Block(nn.Module):
 
     def forward(self, x, x0, rope, mask, kv):
         """x [B, T, C] -> [B, T, C]; x0 alike: norm(embedding), which attention of every block reads too,
-        as it drowns in x (after Jordan 2024); rope [B, T, 1, 1, D/2]; mask [B, 1, T, keys] or None is
-        added to the scores; kv: keys and values of what comes before, which grows."""
+        as it drowns in x (after Jordan 2024); rope [B, T, 1, 1, D/2]; mask [B, 1, T, keys] or None: added
+        to the scores; kv: keys and values of what comes before, which grows."""
         B, T, C = x.shape
         qkv = self.qkv(norm(x) + x0)                                                  # [B,T,3*C]
         qkv = qkv.view(B, T, 3, self.n_head, -1)                                      # [B,T,3,H,D]
@@ -378,11 +384,10 @@ class UMM(nn.Module):
     def embed_text(self, text, turn):
         """Tokens and turns [B, T] -> [B, T, C]: a depthwise causal convolution within a turn (Allen-Zhu
         2025, Canon layers), so that the end of a question hears at once what it is about."""
-        T = text.shape[1]
         x = out = self.text_embed(text)
         for k, tap in enumerate(self.taps, 1):
-            before = F.pad(x, (0, 0, k, 0))[:, :T]                                    # [B,T,C]
-            same = turn == F.pad(turn, (k, 0), value=-2)[:, :T]                       # [B,T]
+            before = F.pad(x, (0, 0, k, -k))                                          # [B,T,C]
+            same = turn == F.pad(turn, (k, -k), value=-2)                             # [B,T]
             out = out + tap * before * same[..., None]
         return out
 
@@ -436,8 +441,8 @@ class UMM(nn.Module):
         return norm(x)
 
     def places(self, turn, T: int, done: int):
-        """turn [B, T'] of text, T positions, and codes -> for the positions from `done` on: whom they
-        see [B, new, T'], the earlier ones of their turn, and where they stand [B, new, 2]."""
+        """turn [B, T'] of text, T positions, and codes -> for the positions from `done` on: whom they see
+        [B, new, T'], the earlier ones of their turn, and where they stand [B, new, 2]."""
         total = turn.shape[1]
         order = torch.arange(total, device=turn.device)
         earlier = order <= order[done:, None]                                         # [new,T']
@@ -599,24 +604,39 @@ def state_of(tok: VQTokenizer, umm: UMM) -> dict:
     return tensors
 
 
+def check_fields(settings):
+    """ValueError for a value out of the bounds that its field states."""
+    for f in fields(settings):
+        if not f.metadata:
+            continue
+        name, value = f.name, getattr(settings, f.name)
+        least, most, one_of = f.metadata['least'], f.metadata['most'], f.metadata['one_of']
+        if one_of and value not in one_of:
+            raise ValueError(f"{name} is {value!r:.40}: choose one of {', '.join(one_of)}")
+        if type(value) in (int, float) and not least <= value <= most:
+            raise ValueError(f'{name} is {value}: it must be from {least} to {most}')
+
+
+def check_together(c: Config):
+    """ValueError for values that do not fit each other."""
+    for name, unit in (('size', c.patch), ('vq_width', 8), ('n_embd', 4 * c.n_head)):
+        value = getattr(c, name)
+        if value % unit:
+            raise ValueError(f'{name} is {value}: it must be a multiple of {unit}')
+    if c.quantizer == 'fsq' and c.codebook.bit_count() != 1:
+        raise ValueError(f'codebook is {c.codebook}: it must be a power of 2 for fsq')
+
+
 def check_config(c: Config, text: Text):
     """ValueError for a Config that no network here can have: it may come from a stranger's file."""
-    for name, default in vars(Config()).items():
-        value = getattr(c, name)
-        if type(value) is not type(default):
-            raise ValueError(f'{name} is {value!r:.40}')
-        if type(value) is int and not 0 < value <= 2**18:
-            raise ValueError(f'{name} is {value}')
-    if max(c.n_layer, c.vq_depth, c.size) > 512:
-        raise ValueError('n_layer, vq_depth or size is more than 512')
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        if type(value) is not type(f.default):
+            raise ValueError(f'{f.name} is {value!r:.40}')
     if c.vocab != text.size:
         raise ValueError(f'vocab is {c.vocab}, there are {text.size} tokens')
-    if c.size % c.patch:
-        raise ValueError(f'size is {c.size}, no multiple of patch')
-    if c.vq_width % 8:
-        raise ValueError(f'vq_width is {c.vq_width}, no multiple of 8')
-    if c.n_embd % (4 * c.n_head):
-        raise ValueError(f'n_embd is {c.n_embd}, no multiple of 4 * n_head')
+    check_fields(c)
+    check_together(c)
 
 
 def read_checkpoint(path):
