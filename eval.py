@@ -28,6 +28,8 @@ Z = 1.96                       # half-width of a 95% interval in standard errors
 
 
 # ---- figures with intervals ----
+# A share without an interval says nothing: 9 of 10 right may be 60% or 99%. Intervals here are those of
+# the evaluation's sampling alone; how much training runs differ, only several seeds can tell.
 def figure(value, low, high, n: int) -> dict:
     """One measured value with its 95% interval, of n cases; None where there was nothing to measure."""
     return {'value': value, 'low': low, 'high': high, 'n': n}
@@ -43,7 +45,7 @@ def share(right: int, n: int) -> dict:
     p = right / n
     z2 = Z * Z / n
     centre = (p + z2 / 2) / (1 + z2)
-    variance = p * (1 - p) / n + z2 / 4 / n
+    variance = p * (1 - p) / n + z2 / (4 * n)
     half = Z * math.sqrt(variance) / (1 + z2)
     return figure(p, centre - half, centre + half, n)
 
@@ -55,30 +57,33 @@ def mean_of(figures: list[dict]) -> dict:
         return dict(NOTHING)
     k = len(kept)
     mean = sum(f['value'] for f in kept) / k
-    below = [f['value'] - f['low'] for f in kept]
-    above = [f['high'] - f['value'] for f in kept]
-    n = sum(f['n'] for f in kept)
     # errors of independent shares add up as the sides of a right angle
-    return figure(mean, mean - math.hypot(*below) / k, mean + math.hypot(*above) / k, n)
+    below = math.hypot(*[f['value'] - f['low'] for f in kept])
+    above = math.hypot(*[f['high'] - f['value'] for f in kept])
+    n = sum(f['n'] for f in kept)
+    return figure(mean, mean - below / k, mean + above / k, n)
 
 
 def bootstrap(score, tables) -> dict:
     """score of the summed tables [n, ...], one per picture; its interval from 400 draws of pictures."""
     g = torch.Generator().manual_seed(0)
     n = len(tables)
-    value = score(tables.sum(0)).item()
+    value = score(tables.sum(0)).item()                        # of all pictures together
     if math.isnan(value):                                      # there was nothing to score
         return dict(NOTHING)
     draws = []
     for _ in range(400):
-        chosen = torch.randint(n, (n,), generator=g)
+        chosen = torch.randint(n, (n,), generator=g)           # with replacement
         draws.append(score(tables[chosen].sum(0)))
-    ends = torch.tensor([.025, .975], dtype=draws[0].dtype)
-    low, high = torch.stack(draws).nanquantile(ends).tolist()
+    draws = torch.stack(draws)                                                        # [400]
+    ends = torch.tensor([.025, .975], dtype=draws.dtype)
+    low, high = draws.nanquantile(ends).tolist()
     return figure(value, low, high, n)
 
 
 # ---- understanding ----
+# Beside every accuracy stand two others: chance, of guessing among the possible answers, and the blind
+# baseline, of the best guess from the words of the question. A model has to beat both to have looked.
 @torch.no_grad()
 def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> dict:
     """Accuracy by type over n pictures (or more, to fill B) with Q questions each; whole answers count.
@@ -96,9 +101,9 @@ def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> 
         turns = s.turn.view(len(kinds), -1)                                           # [B,R*T]
         for b, row in enumerate(kinds):
             for number, kind in enumerate(row, 1):
-                mine = turns[b] == number
+                mine = good[b][turns[b] == number]             # its tokens: are they right?
                 total[kind] += 1
-                right[kind] += int(good[b][mine].all())
+                right[kind] += int(mine.all())
     scores = by_kind(world, right, total)
     for kind in list(total):                                   # sums in words are asked as a control
         if kind not in world.kinds:
@@ -117,8 +122,9 @@ def by_kind(world: DataSet, right: Counter, total: Counter) -> dict:
 
 def asked_without_pictures(world: DataSet, split: str, stream: str, n: int):
     """(type, question, answer): one of each type about each of n scenes, or more to fill batches."""
-    for i in range(math.ceil(n / 64)):
-        scenes, _, rng = world.scenes(split, stream, i, 64, pixels=False)
+    B = 64
+    for i in range(math.ceil(n / B)):
+        scenes, _, rng = world.scenes(split, stream, i, B, pixels=False)
         for kind in world.kinds:
             for scene in scenes:
                 for question, answer in world.ask(scene, kind, rng):
@@ -132,21 +138,28 @@ def blind(world: DataSet, n=512, split='test') -> dict:
     for kind, question, answer in asked_without_pictures(world, 'train', 'blind', 16 * n):
         seen[question][answer] += 1
         seen[kind][answer] += 1
-    scenes = min(2 * n, world.limit(split))
+    scenes = min(2 * n, world.limit(split))                    # twice as many: no model has to run
     for kind, question, answer in asked_without_pictures(world, split, 'understanding', scenes):
-        if question in seen:
+        if question in seen:                                   # in these very words
             ranked = [a for a, _ in seen[question].most_common()]
         else:
             ranked = [a for a, _ in seen[kind].most_common()]
-            named = [a for a in ranked if a in question.split(',')[-1]]
+            choice = question.split(',')[-1]                   # 'which is nearer, a or b?'
+            named = [a for a in ranked if a in choice]
             ranked = named or ranked
         total[kind] += 1
-        if ranked and ranked[0] == answer:
+        guess = ranked[0] if ranked else ''
+        if guess == answer:
             right[kind] += 1
     return by_kind(world, right, total)
 
 
 # ---- generation in the procedural world: a verifier by rule ----
+# What is on a drawing? (1) Saturated pixels belong to objects, each pixel to the nearest of the six
+# colours. (2) Connected pixels of one colour are a region. (3) Templates of all shapes and radii are
+# laid over a region at all places near its middle; the best overlap names the shape. (4) Pixels that
+# the template leaves over are a region again: two objects of one colour may touch. On true pictures
+# this finds everything (`verifier` in the table); nobody has learned anything to do it.
 WINDOW = 13                    # a template is tried at WINDOW x WINDOW places around a region's middle
 REACH = WINDOW // 2
 SMALLEST = .02                 # share of the picture that an object covers at least
@@ -157,8 +170,9 @@ def components(mask, label):
     the highest pixel index spreads inside each region until nothing changes."""
     planes = F.one_hot(label).permute(0, 3, 1, 2)                                     # [B,k,S,S]
     planes = (planes * mask[:, None]).float()                  # one plane for each label
-    index = torch.arange(1, mask[0].numel() + 1, device=mask.device)
-    ids = planes * index.view(mask[0].shape)
+    S = mask.shape[-1]
+    index = torch.arange(1, S * S + 1, device=mask.device)
+    ids = planes * index.view(S, S)                                                   # [B,k,S,S]
     while True:
         grown = F.max_pool2d(ids, 3, 1, 1) * planes
         if torch.equal(grown, ids):
@@ -170,7 +184,8 @@ def templates(size: int, device):
     """Binary pictures of each shape at 10 radii and 4 half-pixel offsets -> [5 * 40, 1, P, P]."""
     half = math.ceil(data.NEAR * 1.1 * size) + 1
     axis = torch.arange(-half, half + 1, device=device)                               # [P]
-    radii = torch.linspace(data.FAR * .9, data.NEAR * 1.05, 10) * size
+    smallest, largest = data.FAR * .9, data.NEAR * 1.05
+    radii = torch.linspace(smallest, largest, 10) * size                              # in pixels
     offsets = list(product((0, .5), (0, .5)))                  # centres lie between pixels too
     inside = []
     for shape, r, (x, y) in product(range(len(SHAPES)), radii, offsets):
@@ -184,9 +199,9 @@ def templates(size: int, device):
 def regions_of(ids, smallest: float) -> list:
     """[(number of the picture, mask [S, S])] of all regions of that many pixels; ids [B, S, S]."""
     found = []
-    for b, picture in enumerate(ids):
+    for b, picture in enumerate(ids):                          # [S,S]
         values, area = picture.unique(return_counts=True)
-        large = (area >= smallest) & (values > 0)
+        large = (area >= smallest) & (values > 0)              # 0 is the background
         found += [(b, picture == value) for value in values[large]]
     return found
 
@@ -200,22 +215,28 @@ def around(mask, y: int, x: int, pad: int):
 
 
 def best_templates(masks, solid, bank) -> list:
-    """For n regions [S, S], each with all that is coloured in its picture [S, S]: (template, y, x) of the
-    template that overlaps best and where it lies. By IoU; what is hidden by other objects is no error."""
+    """For n regions [S, S], each with all that is coloured in its picture [S, S]: (template, y, x), the
+    template that overlaps best and where it lies. By intersection over union; pixels of the template
+    that other objects cover count as neither."""
     pad = bank.shape[-1] // 2
     middles, hits, overs = [], [], []
     for mask, coloured in zip(masks, solid):
-        y, x = mask.nonzero().float().mean(0).long().tolist()
+        middle = mask.nonzero().float().mean(0)                                       # [2]
+        y, x = middle.long().tolist()
         middles.append((y, x))
         hits.append(around(mask, y, x, pad))
         overs.append(around(~coloured, y, x, pad))
     # a convolution counts, for each template and place, the pixels that template and region share
-    hit = F.conv2d(torch.stack(hits)[:, None], bank)                                  # [n,200,13,13]
-    over = F.conv2d(torch.stack(overs)[:, None], bank)         # and those that it has on the background
+    hits = torch.stack(hits)[:, None]                                                 # [n,1,side,side]
+    overs = torch.stack(overs)[:, None]
+    hit = F.conv2d(hits, bank)                                                        # [n,200,13,13]
+    over = F.conv2d(overs, bank)                               # and those that lie on the background
     area = torch.stack([mask.sum() for mask in masks])                                # [n]
-    iou = hit / (area[:, None, None, None] + over)                                    # [n,200,13,13]
+    area = area[:, None, None, None]
+    iou = hit / (area + over)                                                         # [n,200,13,13]
+    best_places = iou.flatten(1).argmax(1)                                            # [n]
     found = []
-    for (y, x), best in zip(middles, iou.flatten(1).argmax(1)):
+    for (y, x), best in zip(middles, best_places):
         k, down, right = torch.unravel_index(best, iou.shape[1:])
         y += int(down) - REACH
         x += int(right) - REACH
@@ -228,19 +249,22 @@ def detect(images) -> list[list[Object]]:
     the shape by the template that overlaps best. What it leaves of a region is looked at again: objects
     of one colour may touch."""
     B, _, S, _ = images.shape
-    rgb = torch.tensor(list(COLOURS.values()), device=images.device)                  # [6,3]
+    names = list(COLOURS)
+    rgb = torch.tensor([COLOURS[name] for name in names], device=images.device)       # [6,3]
     saturation = images.amax(1) - images.amin(1)                                      # [B,S,S]
     solid = saturation > .35
     pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
     off = pixels[..., None, :] - rgb                                                  # [B,S,S,6,3]
-    colour = off.square().sum(-1).argmin(-1)                   # the nearest            [B,S,S]
+    distance = off.square().sum(-1)                                                   # [B,S,S,6]
+    colour = distance.argmin(-1)                                                      # [B,S,S]
     bank = templates(S, images.device)
-    names = list(COLOURS)
     smallest = SMALLEST * S * S
-    todo = regions_of(components(solid, colour), smallest)
+    regions = components(solid, colour)                                               # [B,S,S]
+    todo = regions_of(regions, smallest)
     found = [[] for _ in range(B)]
     while todo:
-        part, todo = todo[:128], todo[128:]                    # so many at a time
+        part = todo[:128]                                      # so many at a time
+        todo = todo[128:]
         masks = [mask for _, mask in part]
         coloured = [solid[b] for b, _ in part]
         best = best_templates(masks, coloured, bank)
@@ -249,8 +273,8 @@ def detect(images) -> list[list[Object]]:
             inside = mask & covered
             if not inside.any():
                 continue
-            middle = (inside.nonzero().float().mean(0) + .5) / S
-            y, x = middle.tolist()
+            middle = inside.nonzero().float().mean(0) + .5
+            y, x = (middle / S).tolist()
             shape = SHAPES[k * len(SHAPES) // len(bank)]
             first = int(colour[b][mask][0])                    # all pixels of a region have one colour
             found[b].append(Object(shape, names[first], 0, x, y, 0.))
@@ -263,8 +287,9 @@ def detect(images) -> list[list[Object]]:
 def laid(template, y: int, x: int, S: int):
     """The pixels [S, S] of a picture that a template [P, P] with its middle at (y, x) covers."""
     pad = len(template) // 2
-    whole = F.pad(template, (x, S - x, y, S - y))
-    return whole[pad:pad + S, pad:pad + S] > 0                                        # [S,S]
+    whole = F.pad(template, (x, S - x, y, S - y))              # pad pixels wider on each side
+    inside = slice(pad, pad + S)
+    return whole[inside, inside] > 0                                                  # [S,S]
 
 
 def widened(mask):
@@ -274,6 +299,7 @@ def widened(mask):
 
 
 # ---- generation: GenEval's six categories (Ghosh et al. 2023, section 3) ----
+# A caption asks for objects; a drawing passes if the verifier finds these and no others on it.
 CATEGORIES = {                 # style of the captions, number of objects, are colours asked for
     'single': ('bare', 1, False),
     'two': ('bare', 2, False),
@@ -292,7 +318,9 @@ def satisfied(wanted: list[Object], category: str, found: list[Object]) -> bool:
     def key(o):
         return (o.shape, o.colour) if coloured else o.shape
 
-    if Counter(map(key, wanted)) != Counter(map(key, found)):
+    asked = Counter(key(o) for o in wanted)
+    seen = Counter(key(o) for o in found)
+    if asked != seen:
         return False
     if category != 'position':
         return True
@@ -319,7 +347,7 @@ def prompts(world: DataSet, category: str, n: int, split='test'):
             if count is not None and len(objects) != count:
                 continue
             if category == 'two' and objects[0].shape == objects[1].shape:
-                continue
+                continue                                       # 'a ring and a ring' is counting
             text = data.caption(objects, style, rng)
             if text:
                 found.append((text, objects, image))
@@ -338,31 +366,38 @@ def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
         found = detect(pictures)
         right = 0
         for asked, seen in zip(wanted, found):
-            right += int(satisfied(asked, category, seen))
+            if satisfied(asked, category, seen):
+                right += 1
         return share(right, n)
 
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
-        codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
+        codes, _ = draw(umm, world.text, texts, g, cfg=cfg)                           # [n,N]
         drawn[category] = passed(tok.decode(codes))
         verifier.append(passed(images))
-        ceiling.append(passed(tok.decode(tok.encode(images))))
-    mean = mean_of(list(drawn.values()))
-    return {'mean': mean, **drawn, 'verifier': mean_of(verifier), 'ceiling': mean_of(ceiling)}
+        codes = tok.encode(images)
+        ceiling.append(passed(tok.decode(codes)))
+    scores = {'mean': mean_of(list(drawn.values())), **drawn}
+    scores['verifier'] = mean_of(verifier)
+    scores['ceiling'] = mean_of(ceiling)
+    return scores
 
 
 # ---- generation of real pictures: no rule verifies them, a small CNN reads them ----
+# It learns from real pictures only, so it can be as wrong about a drawing as about a picture: its own
+# accuracy on true test pictures stands beside the score, and what it finds in drawings of other texts.
 class Reader:
     """Which words of a caption hold of a picture? Learned from the training split, from the words that
     2% to 98% of its captions contain."""
 
     def __init__(self, world: DataSet, steps=600, B=64, rare=.02):
         self.world = world
-        said = Counter()
-        captions = 0
-        for i in range(math.ceil(min(world.limit('train'), 20_000) / B)):
-            for words in self.captions(world.scenes('train', 'reader words', i, B, pixels=False)):
-                said.update(self.words_of(words))
+        said, captions = Counter(), 0
+        pictures = min(world.limit('train'), 20_000)
+        for i in range(math.ceil(pictures / B)):
+            batch = world.scenes('train', 'reader words', i, B, pixels=False)
+            for caption in self.captions(batch):
+                said.update(self.words_of(caption))
                 captions += 1
         self.words, weight = [], []
         for word, n in sorted(said.items()):
@@ -370,8 +405,8 @@ class Reader:
             if rare <= often <= 1 - rare:
                 self.words.append(word)
                 weight.append(1 / often - 1)                   # rare words count more
-        weight = torch.tensor(weight)
-        with torch.random.fork_rng(), torch.enable_grad():
+        weight = torch.tensor(weight)                                                 # [words]
+        with torch.random.fork_rng(), torch.enable_grad():     # whoever calls it measures only
             torch.manual_seed(0)
             self.train(steps, B, nn.BCEWithLogitsLoss(pos_weight=weight))
 
@@ -404,12 +439,15 @@ class Reader:
         layers.append(nn.Dropout())
         layers.append(nn.Linear(128 * side ** 2, len(self.words)))
         self.net = nn.Sequential(*layers).to(self.world.device)
+        # small pictures are learned by heart: dropout and weight decay work against that
         optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3, weight_decay=.05)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
         for step in range(steps):
             batch = self.world.scenes('train', 'reader', step, B)
-            logits = self.net(batch[1].image).cpu()                                   # [B,words]
-            loss(logits, self.labels(self.captions(batch))).backward()
+            _, r, _ = batch
+            logits = self.net(r.image).cpu()                                          # [B,words]
+            labels = self.labels(self.captions(batch))                                # [B,words]
+            loss(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             falling.step()
@@ -421,7 +459,8 @@ class Reader:
         read = self.net(images).cpu() > 0                                             # [n,words]
         hits = true & read
         noes = ~true & ~read
-        return torch.stack([hits, true, noes, ~true], -1).double()                    # [n,words,4]
+        counts = torch.stack([hits, true, noes, ~true], -1)                           # [n,words,4]
+        return counts.double()
 
 
 def balanced_accuracy(counts):
@@ -437,16 +476,28 @@ def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
     its own accuracy; `ceiling`: in these after the tokenizer; `other`: in what other captions drew."""
     read = Reader(world)
     batch = world.scenes(split, 'generation', 0, n)
-    image, texts = batch[1].image, read.captions(batch)
+    _, r, _ = batch
+    texts = read.captions(batch)
     g = torch.Generator(world.device).manual_seed(0)
-    codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
-    drawn = tok.decode(codes)
-    pictures = {'mean': drawn, 'verifier': image, 'ceiling': tok.decode(tok.encode(image)),
-                'other': drawn.roll(1, 0)}
-    return {name: bootstrap(balanced_accuracy, read(x, texts)) for name, x in pictures.items()}
+    codes, _ = draw(umm, world.text, texts, g, cfg=cfg)                               # [n,N]
+    drawn = tok.decode(codes)                                                         # [n,3,S,S]
+    pictures = {
+        'mean': drawn,
+        'verifier': r.image,
+        'ceiling': tok.decode(tok.encode(r.image)),
+        'other': drawn.roll(1, 0),
+    }
+    scores = {}
+    for name, x in pictures.items():
+        counts = read(x, texts)                                                       # [n,words,4]
+        scores[name] = bootstrap(balanced_accuracy, counts)
+    return scores
 
 
 # ---- segmentation and tokenizer ----
+# A generated map is a picture. Its classes are read off by colour, pixel by pixel, never by comparing
+# codes: several codes may stand for the same pixels. What the tokenizer cannot draw, no model can: the
+# score of true maps after its round trip is the ceiling.
 def classes_of(images, palette=data.PALETTE):
     """Segmentation pictures [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
     colours = palette.to(images.device) / 255                                         # [k,3]
@@ -457,17 +508,23 @@ def classes_of(images, palette=data.PALETTE):
 def miou(pred, true, k=len(data.CLASSES)) -> dict:
     """Mean over the classes that occur of intersection over union, pooled over pictures [n, S, S] with
     classes < k; pixels whose true class is 255 do not count. Bootstrapped over pictures."""
-    both = torch.where(true == 255, k * k, true * k + pred)                           # [n,S,S]
+    both = true * k + pred                                                            # [n,S,S]
+    both[true == 255] = k * k
     tables = []
     for pairs in both.flatten(1).cpu():                                               # [S*S]
         counts = pairs.bincount(minlength=k * k + 1)
         tables.append(counts[:k * k])                          # without the ignored pixels
-    joint = torch.stack(tables).double().unflatten(1, (k, k))                         # [n,true,pred]
+    joint = torch.stack(tables).double()                                              # [n,k*k]
+    joint = joint.unflatten(1, (k, k))                                                # [n,true,pred]
 
-    def score(confusion):                                                             # [true,pred]
+    def score(confusion):
+        """[true, pred] -> mIoU."""
         inside = confusion.diagonal()                                                 # [k]
         union = confusion.sum(0) + confusion.sum(1) - inside                          # [k]
-        return (inside / union.clamp(min=1)).sum() / (union > 0).sum()
+        iou = inside / union.clamp(min=1)
+        occurring = union > 0
+        return iou.sum() / occurring.sum()
+
     return bootstrap(score, joint)
 
 
@@ -476,11 +533,14 @@ def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
     s, target, r = world.maps_to_draw(split, 0, n, 'seg', stream='segmentation')
     s.image = umm.inputs(tok, s.image)
-    drawn = tok.decode(umm.generate(s, temperature=0))
-    best = tok.decode(tok.encode(target))
-    k = len(r.palette)
-    return {'miou': miou(classes_of(drawn, r.palette), r.classes, k),
-            'ceiling': miou(classes_of(best, r.palette), r.classes, k)}
+    codes = umm.generate(s, temperature=0)                     # the likeliest code at each place
+    drawn = tok.decode(codes)                                                         # [n,3,S,S]
+    best = tok.decode(tok.encode(target))                                             # [n,3,S,S]
+    scores = {}
+    for name, maps in (('miou', drawn), ('ceiling', best)):
+        read = classes_of(maps, r.palette)                                            # [n,S,S]
+        scores[name] = miou(read, r.classes, len(r.palette))
+    return scores
 
 
 @torch.no_grad()
@@ -494,8 +554,8 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
         codes = tok.encode(x)
         y = tok.decode(codes)
         count += codes.flatten().bincount(minlength=K).cpu()
-        error = (x - y).square().mean((1, 2, 3))                                      # [n]
-        psnr = -10 * error.log10()
+        error = (x - y).square()                                                      # [n,3,S,S]
+        psnr = -10 * error.mean((1, 2, 3)).log10()                                    # [n]
         key = 'psnr' if name == 'recon' else f'psnr_{name}'
         scores[key] = bootstrap(lambda total: total / n, psnr.cpu())
         if name == 'seg':
@@ -503,7 +563,8 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
             scores['mask_ceiling'] = miou(read, r.classes, len(r.palette))
     used = int((count > 0).sum())
     scores['used'] = share(used, K)
-    entropy = torch.special.entr(count / count.sum()).sum()                           # nats a code
+    p = count / count.sum()                                                           # [K]
+    entropy = torch.special.entr(p).sum()                      # nats a code
     scores['perplexity'] = entropy.exp().item()
     return scores
 
@@ -532,19 +593,23 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
     elif world.captions:
         scores['generation'] = recognition(umm, tok, world, min(n, 192), cfg, split)
     if 'seg' in world.maps:
-        pictures = min(256, max(2, n * 3 // 8))
+        pictures = max(2, n * 3 // 8)
+        pictures = min(256, pictures)
         scores['segmentation'] = segmentation(umm, tok, world, pictures, split)
     return scores
 
 
+# ---- the table and the command line ----
 def as_text(f) -> str:
     """A figure with its interval, or a plain number."""
     if isinstance(f, float):
         return f'{f:.0f}'
     if f['n'] == 0:
         return '-'
-    value, low, high = f['value'], f['low'], f['high']
-    return f'{value:.3f} [{low:.3f}, {high:.3f}]'
+    return '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**f)
+
+
+WIDTHS = (17, 23, 5, 5, 6)     # of the table's columns, in letters
 
 
 def table(scores: dict) -> str:
@@ -555,7 +620,8 @@ def table(scores: dict) -> str:
             rows.append((f'**{part}**', '[95% interval]', 'n', '', ''))
         for name, f in scores[part].items():
             n = '' if isinstance(f, float) else f['n']
-            guess = blindly = ''
+            guess = ''
+            blindly = ''
             if part == 'understanding' and name in scores['blind']:
                 blindly = as_text(scores['blind'][name])[:5]
                 if name in scores['chance']:
@@ -563,7 +629,9 @@ def table(scores: dict) -> str:
             rows.append((name, as_text(f), n, blindly, guess))
     lines = []
     for row in rows:
-        cells = [str(cell).ljust(width) for cell, width in zip(row, (17, 23, 5, 5, 6))]
+        cells = []
+        for cell, width in zip(row, WIDTHS):
+            cells.append(str(cell).ljust(width))
         lines.append('| ' + ' | '.join(cells) + ' |')
     lines.insert(1, '|---|---|---|---|---|')
     return '\n'.join(lines)
@@ -574,7 +642,7 @@ def report(scores: dict, path: Path):
     print(table(scores))
     part = Path(f'{path}.part')
     part.write_text(json.dumps(scores, indent=1) + '\n')
-    os.replace(part, path)
+    os.replace(part, path)                                     # whole or not at all
 
 
 def main(argv=None):
@@ -587,8 +655,10 @@ def main(argv=None):
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     p.add_argument('--device', default='auto', help='cpu, cuda or mps (default %(default)s)')
     a = p.parse_args(argv)
-    if a.n < 16 or not 0 <= a.cfg <= 100:
-        raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: --n must be 16 or more, --cfg 0 to 100')
+    if a.n < 16:
+        raise UserError(f'--n is {a.n}: it must be 16 or more')
+    if not 0 <= a.cfg <= 100:
+        raise UserError(f'--cfg is {a.cfg}: it must be from 0 to 100')
     device = data.find_device(a.device)
     run = Path(a.run)
     tok, umm, text, _, meta = load(run / 'model.safetensors', device)

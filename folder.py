@@ -40,16 +40,19 @@ ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field
 
 
 # ---- pictures ----
+# People bring files of every kind: phones turn pictures by a note beside the pixels, cameras store 16
+# bits, drawings have transparent parts. One function reads them all, for training and for sample.py.
 def palette(n: int):
     """Colours of n classes, [n, 3]: PALETTE, then points of a grid in the RGB cube, each the farthest
     from all before it, so that the classes named first are told apart best."""
-    side = 3
+    side = 3                                                   # of the grid
     while side ** 3 < n:
         side += 1
     steps = torch.linspace(0, 255, side).round().long()
     grid = torch.cartesian_prod(steps, steps, steps)                                  # [side^3,3]
     colours = PALETTE[:n]
     while len(colours) < n:
+        # of each point of the grid to the nearest colour that is taken
         distance = torch.cdist(grid.float(), colours.float()).amin(1)                 # [side^3]
         farthest = grid[distance.argmax()]
         colours = torch.cat([colours, farthest[None]])
@@ -99,8 +102,10 @@ def read_image(path, size: int):
 
 
 # ---- a row of metadata.jsonl, checked: ValueError says what is wrong with it ----
+# What a stranger wrote is not trusted: every value is looked at once, here; nothing later has to.
+# The caller adds file and line to the message.
 def text_of(value, key: str) -> str:
-    """A text with single spaces."""
+    """A text with single spaces, of a value that may be anything."""
     if type(value) is not str or not value.strip():
         raise ValueError(f'{key} is {value!r:.40}: it must be a text')
     value.encode()                                             # lone surrogates: ValueError
@@ -119,7 +124,8 @@ def list_of(row: dict, key: str) -> list[dict]:
 
 
 def plan_of(objects: list[dict], width: int, height: int) -> str:
-    """A plan to draw by: 'top left a cat, ...', the largest objects in reading order."""
+    """A plan to draw by: 'top left a cat, ...', the largest objects in reading order of the nine thirds
+    of thirds of a picture."""
     found = []
     for o in objects:
         box = o.get('bbox')
@@ -141,7 +147,8 @@ def plan_of(objects: list[dict], width: int, height: int) -> str:
 
 
 def said_in(row: dict, width: int, height: int) -> dict:
-    """The texts of a row, whose upright picture has that size in pixels."""
+    """The texts of a row, whose upright picture has that size in pixels: {file, caption or '', qa:
+    [(type, [question, answer])], plan or ''}, questions and answers in small letters."""
     said = {'file': row['file_name'], 'caption': '', 'qa': []}
     if row.get('caption'):
         said['caption'] = text_of(row['caption'], 'caption')
@@ -170,7 +177,8 @@ def read_mask(path, whole: tuple, size: int, classes: int):
 
 
 def read_row(folder: Path, line: str, size: int, classes: int):
-    """A line of metadata.jsonl -> (what is said of its picture, its arrays of bytes)."""
+    """A line of metadata.jsonl -> (what is said of its picture, its arrays of bytes: image [3, S, S]
+    and, where the row names them, mask and depth [S, S])."""
     row = json.loads(line)
     if type(row) is not dict or type(row.get('file_name')) is not str:
         raise ValueError('it must be a JSON object with a file_name')
@@ -200,21 +208,25 @@ def class_names(path: Path) -> list:
 
 
 # ---- the data set ----
+# Rows (what is said of a picture) and arrays (its pixels as bytes) of all splits lie in memory.
 class Folder(DataSet):
     """Batches from the folder described above; a scene is a row. Decoded once: root/.cache is used until
     the size or time of a file changes. Raises UserError where something is wrong with it."""
     vocab = 1024
 
     def __init__(self, root, size=32, seed=0, device='cpu', text=None, skip_bad=False):
+        # what reading needs; the rest is set by DataSet.__init__ below
         self.root = Path(root)
         self.size = size
         self.skip_bad = skip_bad
         self.classes = len(class_names(self.root / 'classes.json'))
         self.palette = palette(self.classes)
         self.rows, self.arrays = self.cached()
+        # of all that is read, so that --resume notices another folder
         self.checksum = zlib.crc32(json.dumps(self.rows).encode())
         for k in sorted(self.arrays):
             self.checksum = zlib.crc32(self.arrays[k].numpy(), self.checksum)
+        # what there is to learn
         self.kinds = tuple(sorted({kind for row in self.rows['train'] for kind, _ in row['qa']}))
         self.example = self.rows['train'][0]['caption'] or self.example
         self.captions = self.all_have('caption')
@@ -228,6 +240,7 @@ class Folder(DataSet):
         self.check_lengths()
 
     def all_rows(self) -> list:
+        """Of all splits."""
         return [row for split in SPLITS for row in self.rows[split]]
 
     def all_have(self, key: str) -> bool:
@@ -240,6 +253,7 @@ class Folder(DataSet):
         return not lack
 
     def warn_of_new_answers(self):
+        """Whole answers are scored: one that training never shows is hardly ever given."""
         known = {answer for row in self.rows['train'] for _, (_, answer) in row['qa']}
         asked = []
         for split in SPLITS[1:]:
@@ -251,7 +265,8 @@ class Folder(DataSet):
                   f'in train, such as {new[0]!r}: they count as wrong')
 
     def check_lengths(self):
-        """Longer texts have no positions in the model."""
+        """UserError for a text that is too long: it would have no positions in the model. 12 tokens are
+        left for an instruction; a prompt needs room for the plan that follows it."""
         for row in self.all_rows():
             texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
             texts.append((row['caption'], row['plan'], MAX_PLAN))
@@ -268,6 +283,7 @@ class Folder(DataSet):
     def cached(self):
         """-> ({split: rows}, {'split.name': bytes [n, ...]}), from root/.cache, or decoded and kept."""
         path = self.root / '.cache' / f'{self.size}-{self.fingerprint()}.safetensors'
+        # no cache, or one that is cut off or foreign: decode again
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):
             arrays = load_file(path)
             return json.loads(arrays.pop('rows').numpy().tobytes()), arrays
@@ -303,12 +319,14 @@ class Folder(DataSet):
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def meta(self, split) -> Path:
+        """The split's metadata.jsonl; UserError where there is none."""
         path = self.root / {'val': 'validation'}.get(split, split) / 'metadata.jsonl'
         if not path.is_file():
             raise UserError(f'{path} is missing: a folder of pictures has one in each of its splits')
         return path
 
     def lines(self, split) -> list[str]:
+        """Of the split's metadata, a byte order mark left out."""
         try:
             return self.meta(split).read_text('utf-8-sig').split('\n')
         except UnicodeDecodeError as e:
@@ -324,6 +342,7 @@ class Folder(DataSet):
             if split != 'train':     # in a fixed random order: the first n are then a fair sample of all
                 random.Random(0).shuffle(kept)
             rows[split] = [row for row, _ in kept]
+            # an annotation counts if every row of the split has it
             for key in kept[0][1]:
                 found = [arrays_of_row.get(key) for _, arrays_of_row in kept]
                 if all(array is not None for array in found):
@@ -340,6 +359,7 @@ class Folder(DataSet):
                 continue
             try:
                 row, found = read_row(meta.parent, line, self.size, self.classes)
+                # the same pixels in two splits: the test would know what training showed
                 first = seen.setdefault(found['image'].numpy().tobytes(), split)
                 if first != split:
                     raise ValueError(f'its picture is in {first} too')
@@ -355,6 +375,7 @@ class Folder(DataSet):
 
     # -- what a data set defines
     def limit(self, split):
+        """How many rows there are."""
         return len(self.rows[split])
 
     def scenes(self, split, stream, index, B, pixels=True):
@@ -390,12 +411,15 @@ class Folder(DataSet):
         return [word for word, _ in words.most_common(1000)]
 
     def ask(self, scene, kind, rng):
+        """All of the row's questions of that type."""
         return [qa for k, qa in scene['qa'] if k == kind]
 
     def turns(self, scene, Q, rng, kinds):
+        """Q of the row's questions, or all, whatever their types."""
         return rng.sample(scene['qa'], min(Q, len(scene['qa'])))
 
     def describe(self, scene, style, rng):
+        """The caption is the list of what is there; the plan says what is where."""
         if style == 'list' and self.captions:
             return scene['caption']
         if style == 'place':

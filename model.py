@@ -276,13 +276,16 @@ class KV:
 class BufferedKV:
     """As KV for R = 1, in memory that is taken once: for a sequence that grows token by token."""
 
-    def __init__(self, B: int, H: int, length: int, D: int, like):
+    def __init__(self, B: int, length: int, c: Config, like):
+        H = c.n_head
+        D = c.n_embd // H
         self.k = like.new_zeros(B, H, length, D)
         self.v = like.new_zeros(B, H, length, D)
         self.used = 0
 
     def append(self, k, v):
-        start, end = self.used, self.used + k.shape[2]
+        start = self.used
+        end = start + k.shape[2]
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
         self.used = end
@@ -305,8 +308,8 @@ class Block(nn.Module):
 
     def forward(self, x, x0, rope, mask, kv):
         """x [B, T, C] -> [B, T, C]; x0 alike: norm(embedding), which attention of every block reads too,
-        as it drowns in x (after Jordan 2024); rope [B, T, 1, 1, D/2]; mask [B, 1, T, keys] or None: added
-        to the scores; kv: keys and values of what comes before, which grows."""
+        as it drowns in x (after Jordan 2024); rope [B, T, 1, 1, D/2]; mask [B, 1, T, keys] or None is
+        added to the scores; kv: keys and values of what comes before, which grows."""
         B, T, C = x.shape
         qkv = self.qkv(norm(x) + x0)                                                  # [B,T,3*C]
         qkv = qkv.view(B, T, 3, self.n_head, -1)                                      # [B,T,3,H,D]
@@ -384,10 +387,11 @@ class UMM(nn.Module):
     def embed_text(self, text, turn):
         """Tokens and turns [B, T] -> [B, T, C]: a depthwise causal convolution within a turn (Allen-Zhu
         2025, Canon layers), so that the end of a question hears at once what it is about."""
+        T = text.shape[1]
         x = out = self.text_embed(text)
         for k, tap in enumerate(self.taps, 1):
-            before = F.pad(x, (0, 0, k, -k))                                          # [B,T,C]
-            same = turn == F.pad(turn, (k, -k), value=-2)                             # [B,T]
+            before = F.pad(x, (0, 0, k, 0))[:, :T]                                    # [B,T,C]
+            same = turn == F.pad(turn, (k, 0), value=-2)[:, :T]                       # [B,T]
             out = out + tap * before * same[..., None]
         return out
 
@@ -441,8 +445,8 @@ class UMM(nn.Module):
         return norm(x)
 
     def places(self, turn, T: int, done: int):
-        """turn [B, T'] of text, T positions, and codes -> for the positions from `done` on: whom they see
-        [B, new, T'], the earlier ones of their turn, and where they stand [B, new, 2]."""
+        """turn [B, T'] of text, T positions, and codes -> for the positions from `done` on: whom they
+        see [B, new, T'], the earlier ones of their turn, and where they stand [B, new, 2]."""
         total = turn.shape[1]
         order = torch.arange(total, device=turn.device)
         earlier = order <= order[done:, None]                                         # [new,T']
@@ -481,8 +485,8 @@ class UMM(nn.Module):
         `length` tokens, ended by `stop`. cfg: classifier-free guidance scale g, logits u + g (c - u), u
         without the text (Ho & Salimans 2022, eq. 6, g = 1 + w); 1 = off. -> tokens [B, n].
         """
-        B, N, H = len(s.text), len(self.rc), self.c.n_head
-        D = self.c.n_embd // H
+        B = len(s.text)
+        N = len(self.rc)
         guided = cfg != 1
         s = padded_in_front(s)
         if guided:
@@ -495,7 +499,7 @@ class UMM(nn.Module):
             head = self.text_head
             s = continued(s, s.text.new_full((copies * B,), first))
         most = N + s.text.shape[1] + length
-        kvs = [BufferedKV(copies * B, H, most, D, self.row) for _ in self.blocks]
+        kvs = [BufferedKV(copies * B, most, self.c, self.row) for _ in self.blocks]
         tokens, done = [], 0
         ended = s.text.new_zeros(B, dtype=torch.bool)
         for _ in range(length):
@@ -609,8 +613,10 @@ def check_fields(settings):
     for f in fields(settings):
         if not f.metadata:
             continue
-        name, value = f.name, getattr(settings, f.name)
-        least, most, one_of = f.metadata['least'], f.metadata['most'], f.metadata['one_of']
+        name = f.name
+        value = getattr(settings, name)
+        least, most = f.metadata['least'], f.metadata['most']
+        one_of = f.metadata['one_of']
         if one_of and value not in one_of:
             raise ValueError(f"{name} is {value!r:.40}: choose one of {', '.join(one_of)}")
         if type(value) in (int, float) and not least <= value <= most:
@@ -674,4 +680,6 @@ def load(path, device='cpu'):
     tok, umm = VQTokenizer(c), UMM(c)
     for name, place in state_of(tok, umm).items():
         place.copy_(tensors[name])
-    return tok.to(device).eval(), umm.to(device).eval(), text, tensors, meta
+    tok.to(device).eval()
+    umm.to(device).eval()
+    return tok, umm, text, tensors, meta

@@ -12,6 +12,7 @@ size and mode; it is turned upright, laid on white and resized to the model's si
 import argparse
 import math
 import os
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 
@@ -33,11 +34,19 @@ TASKS = {                      # name: (what it does, the map it generates or No
     'edges': ('its edges (--proxy edge)', 'edge'),
     'copy': ('it again (--proxy recon)', 'recon'),
 }
+BOUNDS = {                     # of flags
+    'n': (1, 256),
+    'seed': (0, 2**62),
+    'temperature': (0, 100),
+    'cfg': (0, 100),
+    'top_k': (0, 2**18),
+}
 LINE = 13                      # height of a line of text in pixels
 LETTERS = 21                   # in a line under a picture
 
 
 # ---- pictures of what a model does ----
+# Training shows them every --sample_every steps and at its end.
 def as_picture(x, side: int) -> Image.Image:
     """x [3, S, S] in [0, 1], enlarged without smoothing."""
     pixels = (x.clamp(0, 1) * 255).round().byte()
@@ -46,68 +55,78 @@ def as_picture(x, side: int) -> Image.Image:
 
 
 def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
-    """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: texts under each row's pictures."""
-    captions = list(captions) + [[]] * (len(rows) - len(captions))
-    side = rows[0].shape[-1] * scale
-    heights = []
-    for texts in captions:
-        lines = max([len(wrap(text, LETTERS)) for text in texts], default=0)
-        heights.append(side + gap + LINE * lines)
+    """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: for each row a list of texts, which
+    stand under its pictures. scale: pixels on the canvas for one of a picture; gap: between them."""
+    side = rows[0].shape[-1] * scale                           # of one picture
     n = max(len(row) for row in rows)
-    canvas = Image.new('RGB', (n * (side + gap) + gap, sum(heights) + gap), 'white')
-    pen, y = ImageDraw.Draw(canvas), gap
-    for row, texts, height in zip(rows, captions, heights):
+    under, heights = [], []                                    # lines of text, height of each row
+    for row, texts in zip_longest(rows, captions, fillvalue=()):
+        lines = [wrap(text, LETTERS) for text in texts]
+        under.append(lines)
+        most = max([len(x) for x in lines], default=0)
+        heights.append(side + gap + LINE * most)
+    width = n * (side + gap) + gap
+    canvas = Image.new('RGB', (width, sum(heights) + gap), 'white')
+    pen = ImageDraw.Draw(canvas)
+    y = gap
+    for row, lines, height in zip(rows, under, heights):
         for i, x in enumerate(row):
             left = gap + i * (side + gap)
             canvas.paste(as_picture(x, side), (left, y))
-            if i < len(texts):
-                words = '\n'.join(wrap(texts[i], LETTERS))
-                pen.multiline_text((left, y + side), words, 'black', spacing=1)
+            if i < len(lines):
+                pen.multiline_text((left, y + side), '\n'.join(lines[i]), 'black', spacing=1)
         y += height
     return canvas
 
 
 def captions_of(world: DataSet, scenes, rng) -> list[str]:
-    """A caption of each scene, of a style that changes from one to the next as far as it fits."""
+    """A caption of each scene, of a style that changes from one to the next as far as it fits: lists,
+    places, relations, bare names, counts."""
     styles = list(data.STYLES)
     texts = []
-    for i, scene in enumerate(scenes):
-        k = i % len(styles)
-        said = [world.describe(scene, style, rng) for style in styles[k:] + styles[:k]]
-        texts.append([text for text in said if text][0])
+    for scene in scenes:
+        said = [world.describe(scene, style, rng) for style in styles]
+        fit = [text for text in said if text]
+        texts.append(fit[0])
+        styles = styles[1:] + styles[:1]                       # another one first for the next scene
     return texts
 
 
 def answers_to(umm, world: DataSet, scenes, image, rng) -> list[str]:
-    """A question about each picture with the model's answer and, where that is wrong, the true one."""
-    kinds, asked = list(world.kinds), []
-    for i, scene in enumerate(scenes):
-        k = i % len(kinds)
-        found = [('', '')]
-        for kind in kinds[k:] + kinds[:k]:
-            found = world.ask(scene, kind, rng) or found
-            if found[0][0]:
-                break
-        asked.append(found[0])
-    s = data.pack(world.text, [[(question or '?', None)] for question, _ in asked], image, world.device)
+    """A question about each picture with the model's answer and, where that is wrong, the true one. Its
+    type changes from one to the next. Answers are greedy."""
+    kinds = list(world.kinds)
+    asked = []                                                 # (question, true answer)
+    for scene in scenes:
+        found = []
+        for kind in kinds:                                     # the first type that fits
+            found = found or world.ask(scene, kind, rng)
+        asked.append(found[0] if found else ('', ''))
+        kinds = kinds[1:] + kinds[:1]
+    rows = [[(question, None)] for question, _ in asked]
+    s = data.pack(world.text, rows, image, world.device)
+    answers = write(umm, world.text, s, temperature=0)
     notes = []
-    for (question, true), answer in zip(asked, write(umm, world.text, s, temperature=0)):
+    for (question, true), answer in zip(asked, answers):
         note = f'{question} {answer}'
         if answer != true.lower():
             note += f' (true: {true})'
-        notes.append(note if question else '')
+        notes.append(note if question else '')                 # nothing is known of this picture
     return notes
 
 
 @torch.no_grad()
 def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
-    """What the model can do, on validation scenes: drawings of texts; input, generated map, true map and
-    a question with the model's answer and, where that is wrong, the true one."""
+    """What the model can do, on validation scenes, row by row, as far as the data set knows it:
+
+    drawings of the texts below them; input pictures; the maps that the model generated; the true maps,
+    and a question about each picture with the model's answer. Wrong answers have the true one behind."""
     scenes, r, rng = world.scenes('val', 'samples', 0, n)
     image = umm.inputs(tok, r.image)
-    rows, notes = [], []
+    rows, notes = [], []                                       # what stands under each row
     if world.captions:
         texts = captions_of(world, scenes, rng)
+        # its own generator: the same drawings at every look, as far as the model is the same
         g = torch.Generator(world.device).manual_seed(1)
         codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
         rows.append(tok.decode(codes))
@@ -127,7 +146,8 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
 
 # ---- command line ----
 def arguments(task: str) -> list:
-    """[(flag, default, help)] of a task."""
+    """[(flag, default, help)] of a task. Drawing samples, with guidance: one caption has many pictures.
+    Answers and maps are the likeliest ones: each has one right form."""
     drawing = task == 'draw'
     return [
         ('n', 4 if drawing else 1, 'samples'),
@@ -142,7 +162,9 @@ def arguments(task: str) -> list:
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A task, its picture or text or both, and flags; UserError for impossible values."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     sub = p.add_subparsers(dest='task', required=True, metavar='TASK')
     for task, (help, _) in TASKS.items():
         q = sub.add_parser(task, help=help, allow_abbrev=False)
@@ -150,13 +172,12 @@ def parse(argv=None):
             q.add_argument('image', help='PNG or JPEG file')
         if task in ('draw', 'ask'):
             q.add_argument('text', help='what to draw' if task == 'draw' else 'question')
+        # the type of the default is the type of the flag
         for name, default, text in arguments(task):
             q.add_argument(f'--{name}', type=type(default), default=default,
                            help=f'{text} (default {default!r})')
     a = p.parse_args(argv)
-    bounds = {'n': (1, 256), 'seed': (0, 2**62), 'temperature': (0, 100), 'cfg': (0, 100),
-              'top_k': (0, 2**18)}
-    for name, (low, high) in bounds.items():
+    for name, (low, high) in BOUNDS.items():
         value = getattr(a, name)
         if not low <= value <= high:
             raise UserError(f'--{name} is {value}: from {low} to {high}')
@@ -164,6 +185,8 @@ def parse(argv=None):
 
 
 def newest_checkpoint() -> Path:
+    """Of the runs in the folder out/ of where the program was started."""
+    # sorted by time, the newest last
     found = sorted(Path('out').glob('*/model.safetensors'), key=os.path.getmtime)
     if not found:
         raise UserError('no checkpoint under out/: make one with `python train.py` or name --checkpoint')
@@ -171,12 +194,16 @@ def newest_checkpoint() -> Path:
 
 
 def prompt_of(a, text: data.Text) -> str:
-    """The words that go with the task, if they are neither empty nor too long."""
+    """The words that go with the task: the user's, or an instruction of the kind that training gave.
+    UserError where they are empty or too long."""
     _, name = TASKS[a.task]
-    prompt = MAPS[name].words[0] if name else data.ASK_FOR_CAPTION['list'][0]
+    prompt = data.ASK_FOR_CAPTION['list'][0]
+    if name:
+        prompt = MAPS[name].words[0]
     if a.task in ('draw', 'ask'):
         prompt = a.text
-    n, limit = len(text.encode(prompt)), data.MAX_TEXT - data.MAX_PLAN     # a plan or answer follows
+    n = len(text.encode(prompt))
+    limit = data.MAX_TEXT - data.MAX_PLAN                      # a plan or an answer follows
     if n == 0:
         raise UserError('the text is empty: write what to draw or to ask')
     if n > limit:
@@ -196,42 +223,52 @@ def save_picture(canvas: Image.Image, path: str):
 
 
 def in_a_square(pictures) -> Image.Image:
-    """[n, 3, S, S] beside and below each other, 256 pixels each."""
-    n, side = len(pictures), max(256, pictures.shape[-1])
+    """[n, 3, S, S] beside and below each other, each at least 256 pixels wide."""
+    n = len(pictures)
+    side = max(256, pictures.shape[-1])
     columns = math.ceil(n ** .5)
     canvas = Image.new('RGB', (columns * side, math.ceil(n / columns) * side))
     for i, x in enumerate(pictures):
-        canvas.paste(as_picture(x, side), (i % columns * side, i // columns * side))
+        left = i % columns * side
+        top = i // columns * side
+        canvas.paste(as_picture(x, side), (left, top))
     return canvas
 
 
 @torch.no_grad()
 def main(argv=None):
+    """Do one task with one checkpoint: print texts, or write one picture."""
     a = parse(argv)
     device = data.find_device(a.device)
     checkpoint = a.checkpoint or newest_checkpoint()
     tok, umm, text, _, meta = load(checkpoint, device)
-    _, name = TASKS[a.task]
+    _, name = TASKS[a.task]                                    # the map it generates, or None
     if name and name != meta['settings'].get('proxy'):
         print(f'warning: {checkpoint} did not learn this map (train.py --proxy {name}): expect noise')
     prompt = prompt_of(a, text)
-    how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k,
-               generator=torch.Generator(device).manual_seed(a.seed))
+    # the same seed gives the same result on the same machine
+    g = torch.Generator(device).manual_seed(a.seed)
+    how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k, generator=g)
     if a.task == 'draw':
-        codes, plans = draw(umm, text, [prompt] * a.n, **how)
+        prompts = [prompt for _ in range(a.n)]
+        codes, plans = draw(umm, text, prompts, **how)                                # [n,N]
         for plan in plans:
             print('plan:', plan)
+        pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
         x = read_image(a.image, umm.c.size).to(device) / 255                          # [3,S,S]
         x = x.repeat(a.n, 1, 1, 1)                                                    # [n,3,S,S]
-        s = data.pack(text, [[(prompt, None)]] * a.n, umm.inputs(tok, x), device)
+        rows = [[(prompt, None)] for _ in range(a.n)]
+        s = data.pack(text, rows, umm.inputs(tok, x), device)
         if a.task in ('ask', 'caption'):
-            print('\n'.join(write(umm, text, s, 64, **how)))
+            for answer in write(umm, text, s, 64, **how):
+                print(answer)
             return
-        codes = tok.encode(x) if a.task == 'reconstruct' else umm.generate(s, **how)
-    pictures = tok.decode(codes)                                                      # [n,3,S,S]
-    if a.task == 'reconstruct':
-        pictures = torch.cat([x[:1], pictures[:1]])            # before and after
+        if a.task == 'reconstruct':
+            again = tok.decode(tok.encode(x[:1]))
+            pictures = torch.cat([x[:1], again])               # before and after
+        else:
+            pictures = tok.decode(umm.generate(s, **how))                             # [n,3,S,S]
     save_picture(in_a_square(pictures), a.out)
     print(f'wrote {a.out}: {len(pictures)} of {checkpoint}')
 

@@ -7,6 +7,18 @@
     python train.py                      everything, then the evaluation; writes out/cpu
     python train.py --until tokenizer    one stage; --resume goes on with the next ones
     python train.py --resume             the same command and --resume: go on after an interruption
+
+In reading order: the settings; the optimizers; what several processes need; a run's folder, log and
+checkpoint; how type and threads are chosen; the loop that all stages share; the losses; the stages.
+
+Where the losses of the second and third stage live (sequences as in model.py, * = supervised):
+
+    text    [picture][question *answer*]                       answers and captions
+    plan             [prompt   *plan*  ]                       what is where, before a drawing
+    draw             [prompt    plan   ][*codes of the picture*]
+    seg     [picture][instruction      ][*codes of the map*]   or another map, see --proxy
+
+The first loss is ln V for text and ln K for codes, a uniform guess: the heads begin at zero.
 """
 import argparse
 import json
@@ -35,6 +47,7 @@ from model import (UMM, Config, VQTokenizer, check_fields, check_together, load,
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 DONE = 'done'                  # the stage of a run that has finished all of them
+NEXT = {'tokenizer': 'pretrain', 'pretrain': 'posttrain', 'posttrain': DONE}
 
 # torchrun starts several processes, each with a part of every batch; without it there is one.
 SEVERAL = dist.is_available() and dist.is_torchelastic_launched()
@@ -43,9 +56,12 @@ RANKS = int(os.environ['WORLD_SIZE']) if SEVERAL else 1
 
 
 # ---- settings ----
+# One dataclass is the command line, its help and what the checkpoint remembers. Each default stands
+# once, with its meaning and its bounds; what both networks need to be rebuilt stands in model.Config.
 @dataclass
 class Settings(Config):
     """The command line: each field, those of Config too, is a flag. Defaults are the cpu preset's."""
+    # -- the run
     preset: str = setting('cpu', 'cpu: small, for a GPU too; gpu: larger, not measured yet; test: tiny')
     out: str = setting('', 'run folder; when not given: out/<preset>')
     resume: bool = setting(False, 'go on with the run in the folder')
@@ -59,19 +75,24 @@ class Settings(Config):
     dtype: str = setting('auto', 'of matrix products; auto: the faster one here',
                          one_of=('auto', 'float32', 'bfloat16'))
     threads: int = setting(0, 'CPU threads; 0: all cores or one, the faster one here')
+    # -- the tokenizer stage
     tok_steps: int = setting(900, 'steps of the tokenizer stage', least=1)
     tok_batch: int = setting(32, 'pictures a step', least=8)
+    # -- the pretrain stage: drawing from text takes most of it; a few questions keep reading alive
     pre_steps: int = setting(660, 'steps of the pretrain stage', least=1)
     pre_ask: int = setting(1, 'pictures with questions a step, pretraining', least=1)
     pre_draw: int = setting(32, 'pictures drawn from text a step, pretraining')
+    # -- the posttrain stage: SGT's mixture, maps and questions 2:1, and drawings not to forget them
     post_steps: int = setting(900, 'steps of the posttrain stage', least=1)
     post_ask: int = setting(8, 'pictures with questions a step, post-training', least=1)
     post_draw: int = setting(8, 'pictures drawn a step, post-training: against forgetting')
     ratio: float = setting(2., 'pictures with maps for each one with questions, post-training')
     proxy: str = setting('seg', 'map to generate, post-training', one_of=(*MAPS, 'none'))
+    # -- questions about one picture share it: they are nearly free
     questions: int = setting(12, 'questions asked about each picture', least=1)
     late_questions: int = setting(36, 'in the second half of post-training: mostly to find things',
                                   least=1)
+    # -- optimizers
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
     muon_lr: float = setting(.02, 'Muon learning rate: hidden matrices, all stages', least=1e-12)
@@ -80,14 +101,17 @@ class Settings(Config):
     pre_cooldown: float = setting(.1, 'the same for pretrain, which another stage follows',
                                   most=1)
     clip: float = setting(1., 'largest norm of the gradient', least=1e-12)
+    # -- what the losses count
     w_text: float = setting(1., 'weight of the mean loss of answers about pictures')
     pre_w_text: float = setting(.1, 'the same in the pretrain stage, where it slows drawing')
     w_draw: float = setting(.4, 'weight of the mean loss of drawings, post-training; of plans: 1',
                             least=0)
     w_proxy: float = setting(.6, 'weight of the mean loss of maps')
+    # -- how maps and drawings are taught
     hide: float = setting(.75, 'share of the maps written without sight of their earlier codes',
                           least=0, most=1)
     drop: float = setting(.1, 'share of empty prompts, for classifier-free guidance', most=1)
+    # -- measuring and saving
     cfg: float = setting(2., 'guidance scale in the evaluation')
     eval_n: int = setting(512, 'pictures in the evaluation', least=16)
     log_every: int = setting(20, 'steps between log lines', least=1)
@@ -95,6 +119,8 @@ class Settings(Config):
     sample_every: int = setting(400, 'steps between sample pictures', least=1)
 
 
+# What a preset changes of the defaults. gpu: pictures of 64 x 64, 15 M parameters, batches that fit into
+# 8 GB in bfloat16. test: everything as small as can be, for the tests.
 PRESETS = {
     'cpu': {},
     'gpu': dict(
@@ -110,12 +136,13 @@ PRESETS = {
 
 
 def parse(argv=None) -> Settings:
-    """Of a command line -> checked settings: defaults, changed by the preset, changed by flags."""
+    """Of a command line -> checked settings: defaults, changed by the preset, changed by flags. Every
+    field of Settings with metadata is a flag: to add a setting, add a field."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        if not f.metadata:
-            continue                                           # vocab follows from the data
+        if not f.metadata:                                     # vocab follows from the data
+            continue
         names = [f'--{f.name}']
         if '_' in f.name:
             names.append('--' + f.name.replace('_', '-'))      # both spellings
@@ -125,17 +152,20 @@ def parse(argv=None) -> Settings:
         else:
             kind = type(f.default)
             p.add_argument(*names, help=help, type=kind, metavar=kind.__name__)
-    given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    # a flag that was not typed is None; later dicts win over earlier ones
+    typed = vars(p.parse_args(argv))
+    given = {name: value for name, value in typed.items() if value is not None}
     preset = given.get('preset', 'cpu')
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    s = Settings(**{'out': f'out/{preset}', **PRESETS[preset], **given})
+    values = {'out': f'out/{preset}', **PRESETS[preset], **given}
+    s = Settings(**values)
     check(s)
     return s
 
 
 def check(s: Settings):
-    """Name impossible settings before anything is written."""
+    """UserError for impossible settings, before anything is written."""
     try:
         check_fields(s)
         check_together(s)
@@ -146,11 +176,17 @@ def check(s: Settings):
 
 
 # ---- optimizers: Muon for hidden matrices, AdamW for all else ----
+# AdamW scales each weight's step by itself; a matrix then moves mostly along its few strongest
+# directions. Muon makes all singular values of the step alike, so that weak directions learn as fast. It
+# is meant for matrices between hidden states; embeddings, heads and vectors have no such directions.
 def orthogonalize(G, steps=5):
-    """Roughly the nearest orthogonal matrices, by Newton-Schulz (Jordan et al. 2024); G [n, a, b]."""
-    X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = X.shape[-2] > X.shape[-1]
-    if tall:
+    """Roughly the nearest orthogonal matrices, by Newton-Schulz (Jordan et al. 2024); G [n, a, b]. Each
+    step applies an odd polynomial to the singular values, which drives all of them towards 1."""
+    norm = G.norm(dim=(-2, -1), keepdim=True)                                         # [n,1,1]
+    X = G / (norm + 1e-7)                                      # no singular value above 1
+    a, b = X.shape[-2:]
+    tall = a > b
+    if tall:                                                   # the smaller side first: cheaper
         X = X.mT
     for _ in range(steps):
         A = X @ X.mT                                                                  # [n,min,min]
@@ -163,6 +199,9 @@ def orthogonalize(G, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: all directions of a matrix move equally far (Jordan et al. 2024).
+
+    With the gradient G: m <- .95 m + .05 G; u = .05 G + .95 m; W <- (1 - lr * decay) W - lr * size * U,
+    U the nearest orthogonal matrix to u, size = sqrt(rows / columns) for tall matrices, else 1.
     torch.optim.Muon always computes in bfloat16, 100 times slower than float32 on a CPU without bfloat16
     units; this one keeps the type of the weights. Of a convolution all axes but the first are one."""
 
@@ -174,19 +213,23 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}                        # matrices of one shape are orthogonalized together
             for p in group['params']:
-                if p.grad is None:
+                if p.grad is None:               # it had no part in this step
                     continue
-                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                state = self.state[p]
+                m = state.setdefault('momentum', torch.zeros_like(p))
                 m.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(m, group['momentum'])     # Nesterov
-                by_shape.setdefault(p.shape, []).append((p, update.flatten(1)))       # [a,b]
+                same = by_shape.setdefault(p.shape, [])
+                same.append((p, update.flatten(1)))                                   # [a,b]
+            lr = group['lr']
             for same in by_shape.values():
-                U = orthogonalize(torch.stack([u for _, u in same]))                  # [n,a,b]
+                stack = torch.stack([update for _, update in same])                   # [n,a,b]
+                U = orthogonalize(stack)
                 a, b = U.shape[1:]
-                lr = group['lr']
+                size = lr * max(1, a / b) ** .5                # an output moves as far at any shape
                 for (p, _), u in zip(same, U):
                     p.mul_(1 - lr * group['decay'])
-                    p.add_(u.view_as(p), alpha=-lr * max(1, a / b) ** .5)
+                    p.add_(u.view_as(p), alpha=-size)
 
 
 def optimizers(model, lr: float, muon_lr: float) -> list:
@@ -199,8 +242,11 @@ def optimizers(model, lr: float, muon_lr: float) -> list:
 
 
 # ---- several processes: each draws its own pictures, gradients are averaged ----
+# As one process with the same number of pictures a step, up to which pictures these are. All processes
+# start from the same weights and add the same averaged gradients, so they stay alike; the first writes.
 def my_share(pictures: int) -> int:
-    """How many of a batch's pictures this process draws: the same number as every other."""
+    """How many of a batch's pictures this process draws: the same number as every other. Rounded up,
+    so that a step may see a few more pictures than with one process."""
     return math.ceil(pictures / RANKS)
 
 
@@ -211,10 +257,11 @@ def my_index(step: int) -> int:
 
 def join(device):
     """Become one of several processes, on a GPU of its own."""
-    how = 'gloo'
+    how = 'gloo'                                               # sums over CPUs
     if device.type == 'cuda':
-        how = 'nccl'
-        gpus, mine = torch.cuda.device_count(), int(os.environ['LOCAL_RANK'])
+        how = 'nccl'                                           # over GPUs
+        gpus = torch.cuda.device_count()
+        mine = int(os.environ['LOCAL_RANK'])
         if mine >= gpus:
             raise UserError(f'torchrun started more processes than GPUs: --nproc_per_node={gpus}')
         torch.cuda.set_device(mine)
@@ -236,44 +283,63 @@ def wait():
 
 
 def average_gradients(model, stop: bool) -> bool:
-    """Over all processes, by one sum -> has any of them been told to stop?"""
+    """Over all processes, by one sum -> has any of them been told to stop?
+
+    The stop travels with the gradients, so that all processes end after the same step."""
     params = list(model.parameters())
+    told = params[0].new_tensor([float(stop)])                 # 1 where a signal came
+    parts = []
     for p in params:
-        if p.grad is None:
+        if p.grad is None:                                     # another process may have one
             p.grad = torch.zeros_like(p)
-    told = params[0].new_tensor([float(stop)])
-    flat = torch.cat([p.grad.flatten() for p in params] + [told])
+        parts.append(p.grad.flatten())
+    flat = torch.cat([*parts, told])                           # all in one: one message a step
     together(dist.all_reduce, flat)
-    sizes = [p.numel() for p in params]
-    *means, told = (flat / RANKS).split([*sizes, 1])
-    for p, mean in zip(params, means):
+    flat = flat / RANKS
+    start = 0
+    for p in params:
+        mean = flat[start:start + p.numel()]
         p.grad.copy_(mean.view_as(p))
-    return bool(told > 0)
+        start += p.numel()
+    return bool(flat[-1] > 0)
 
 
 # ---- a run: its folder, log and checkpoint ----
+# state.safetensors holds all that a run needs to go on: both networks, the optimizers, the settings, the
+# stage and step, the text tokens and the length of the log. No random generator: what is drawn in a step
+# follows from seed, stage and step. So a run that was killed goes on to the same bits.
 @dataclass
 class Control:
-    """What an experiment changes about the maps; training itself changes nothing."""
+    """What an experiment changes about the maps, to find out what it is that they teach; training itself
+    changes nothing."""
     change_target: Callable = lambda maps: maps        # [B, 3, S, S] -> what is taught instead
     frozen: bool = False                               # the map's loss moves no block
-    amounts: Callable | None = None                    # (step, steps) -> shares of questions and of maps
+    amounts: Callable | None = None                    # instead of `mixed`
 
 
 class Run:
-    """The folder of a run: log.jsonl, sample pictures and the checkpoint it can be resumed from."""
+    """The folder of a run and what it trains:
+
+    log.jsonl                 a line every --log_every steps, another with every sample picture
+    STAGE.png                 the latest sample picture of a stage
+    state.safetensors         to go on from
+    pretrained.safetensors    the model before post-training
+    model.safetensors         the model at the end, for sample.py and eval.py
+    scores.json, samples.png  what it can do
+
+    Raises UserError where the folder, the settings or the data do not fit, before it writes anything."""
 
     def __init__(self, s: Settings, device):
         self.s, self.device = s, device
         self.dir = Path(s.out)
         self.control = Control()
-        self.stage, self.step = STAGES[0], 0
+        self.stage, self.step = STAGES[0], 0                   # what comes next
         self.saved = {}                                        # all tensors of a resumed run
         self.stop = False                                      # told to, by a signal
         self.lines = []                                        # of the log
         state = self.dir / 'state.safetensors'
         model = self.dir / 'model.safetensors'
-        text, meta = None, {}
+        text, meta = None, {}                                  # None: tokens are trained on the data
         if s.resume:
             text, meta = self.resume(state)
         elif (state.exists() or model.exists()) and not s.overwrite:
@@ -287,17 +353,19 @@ class Run:
         if s.proxy not in (*self.world.maps, 'none'):
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.maps)} or none")
+        # from here on the folder changes: all that can be wrong with the command is known
         self.dir.mkdir(parents=True, exist_ok=True)
         self.open_log(meta.get('lines', 0))
         if not s.resume:
             state.unlink(missing_ok=True)
             model.unlink(missing_ok=True)
         if not s.resume and not s.init:
-            shared = {f.name: getattr(s, f.name) for f in fields(Config)}
-            c = Config(**{**shared, 'vocab': self.world.text.size})
+            s.vocab = self.world.text.size
+            c = Config(**{f.name: getattr(s, f.name) for f in fields(Config)})
             torch.manual_seed(s.seed)
-            self.tok, self.umm = VQTokenizer(c).to(device), UMM(c).to(device)
-        self.tok.to(memory_format=torch.channels_last)
+            self.tok = VQTokenizer(c).to(device)
+            self.umm = UMM(c).to(device)
+        self.tok.to(memory_format=torch.channels_last)         # faster convolutions
 
     def resume(self, state: Path):
         """Take up what was saved -> (text tokens, meta); the settings must be those it began with."""
@@ -313,6 +381,7 @@ class Run:
             s.dtype = old['dtype']
         if s.threads == 0:
             s.threads = old['threads']
+        # these may differ from one start to the next
         free = ('resume', 'overwrite', 'out', 'device', 'threads', 'until', 'vocab')
         for name, value in vars(s).items():
             if name not in free and old.get(name) != value:
@@ -321,17 +390,18 @@ class Run:
         return text, meta
 
     def begin_from(self, path: str):
-        """Post-train another run's model -> text tokens."""
+        """Post-train another run's model -> text tokens. Its architecture must be the one asked for."""
         self.tok, self.umm, text, _, _ = load(path, self.device)
-        self.stage = 'posttrain'
+        self.stage = 'posttrain'                               # its first two stages are done
         for f in fields(Config):
-            theirs, ours = getattr(self.umm.c, f.name), getattr(self.s, f.name)
+            theirs = getattr(self.umm.c, f.name)
+            ours = getattr(self.s, f.name)
             if f.name != 'vocab' and theirs != ours:
                 raise UserError(f'--{f.name} is {ours!r}, but {path} was made with {theirs!r}')
         return text
 
     def open_data(self, text):
-        """The first process decodes a folder, the others find it decoded."""
+        """The data set. The first process decodes a folder of pictures, the others find it decoded."""
         s = self.s
         if RANK > 0:
             wait()
@@ -343,7 +413,7 @@ class Run:
     def open_log(self, lines: int):
         """log.jsonl, cut after the first `lines`: later steps are done again."""
         path = self.dir / 'log.jsonl'
-        if RANK > 0:
+        if RANK > 0:                                           # the first process writes for all
             path = os.devnull
         if lines and RANK == 0:
             with open(path, newline='\n') as f:
@@ -352,6 +422,7 @@ class Run:
         self.logfile.writelines(self.lines)
 
     def log(self, **line):
+        """One JSON object on a line of its own."""
         self.lines.append(json.dumps(line) + '\n')
         self.logfile.write(self.lines[-1])
 
@@ -360,13 +431,20 @@ class Run:
         if RANK > 0:
             return
         tensors = state_of(self.tok, self.umm)
+        # of each optimizer i and its parameter j: momentum, averages, count of steps
         for i, optimizer in enumerate(opts):
             for j, state in optimizer.state_dict()['state'].items():
                 for key, tensor in state.items():
                     tensors[f'optimizer.{i}.{j}.{key}'] = tensor
-        vocab = [token.hex() for token in self.world.text.vocab]
-        meta = {'config': vars(self.umm.c), 'text': vocab, 'settings': vars(self.s), 'stage': stage,
-                'step': step, 'lines': len(self.lines), 'checksum': self.world.checksum}
+        meta = {
+            'config': vars(self.umm.c),
+            'text': [token.hex() for token in self.world.text.vocab],
+            'settings': vars(self.s),
+            'stage': stage,
+            'step': step,
+            'lines': len(self.lines),
+            'checksum': self.world.checksum,
+        }
         save(self.dir / name, tensors, meta)
 
     def restore(self, opts):
@@ -375,18 +453,22 @@ class Run:
             if not name.startswith('optimizer.'):
                 continue
             _, i, j, key = name.split('.')
-            p = opts[int(i)].param_groups[0]['params'][int(j)]
-            like = p if tensor.shape == p.shape else tensor
+            optimizer = opts[int(i)]
+            p = optimizer.param_groups[0]['params'][int(j)]
+            like = p if tensor.shape == p.shape else tensor    # a count of steps has no layout
             mine = torch.empty_like(like, device=p.device)
-            opts[int(i)].state[p][key] = mine.copy_(tensor)
+            optimizer.state[p][key] = mine.copy_(tensor)
 
     def guess(self, loss: str) -> float:
         """The loss of a uniform guess in nats, of text or of codes."""
-        c = self.umm.c
-        return math.log(c.vocab if loss in ('text', 'plan') else c.codebook)
+        if loss in ('text', 'plan'):
+            return math.log(self.umm.c.vocab)
+        return math.log(self.umm.c.codebook)
 
 
 # ---- how fast this machine is, and in what ----
+# Units for bfloat16 may or may not pay for small matrices, and a second thread costs time when another
+# program uses its core. No table of processors can tell; three real steps can.
 def seconds_a_step(run: Run, dtype: str, threads: int, limit=math.inf) -> float:
     """Time the forward and backward pass of a step of post-training: best of three, the first warms up.
     Slower than `limit` or 3 seconds, it is not tried again. No optimizer: nothing is learned."""
@@ -400,7 +482,8 @@ def seconds_a_step(run: Run, dtype: str, threads: int, limit=math.inf) -> float:
         losses['loss'].backward()
         run.umm.source.grad.sum().item()                       # a GPU is waited for
         run.umm.zero_grad()
-        spent = torch.tensor(time.perf_counter() - begin, device=run.device)
+        spent = time.perf_counter() - begin
+        spent = torch.tensor(spent, device=run.device)
         if SEVERAL:
             dist.all_reduce(spent, dist.ReduceOp.MAX)          # all processes choose alike
         best = min(best, spent.item())
@@ -420,8 +503,10 @@ def settle(run: Run):
     now, unless they were asked for or are those that a resumed run began with: float32 or bfloat16; all
     cores or, beside another busy program, one."""
     s, times = run.s, {}
-    choose_dtype, choose_threads = s.dtype == 'auto', s.threads == 0
-    best = ('float32' if choose_dtype else s.dtype, s.threads or torch.get_num_threads())
+    choose_dtype = s.dtype == 'auto'
+    choose_threads = s.threads == 0
+    dtype = 'float32' if choose_dtype else s.dtype
+    best = (dtype, s.threads or torch.get_num_threads())       # all cores
     if choose_dtype or choose_threads:
         times[best] = seconds_a_step(run, *best)
     if choose_threads and best[1] > 1 and run.device.type == 'cpu':
@@ -430,23 +515,31 @@ def settle(run: Run):
         best = faster(run, times, best, ('bfloat16', best[1]))
     s.dtype, s.threads = best
     torch.set_num_threads(s.threads)
-    timed = [f'{dtype} on {n} {seconds:.3g}' for (dtype, n), seconds in times.items()]
-    why = 'seconds a step: ' + ', '.join(timed) if timed else 'as asked for'
+    why = 'as asked for'
+    if times:
+        timed = [f'{dtype} on {n} {seconds:.3g}' for (dtype, n), seconds in times.items()]
+        why = 'seconds a step: ' + ', '.join(timed)
     print(f'device: {run.device}, {s.dtype}, CPU threads: {s.threads} ({why})')
     if run.device.type == 'cuda':
-        print(f'memory of a step: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB')
+        most = torch.cuda.max_memory_allocated() / 1e9
+        print(f'memory of a step: {most:.1f} GB')
 
 
 class Pace:
-    """The seconds of a stage's steps, to notice when something else has begun to use the machine."""
+    """The seconds of a stage's steps, to notice when something else has begun to use the machine. The
+    second half of post-training asks more and takes longer, but not twice as long."""
 
     def __init__(self):
-        self.recent, self.best, self.warned = [], math.inf, False
+        self.recent = []                                       # since the last look
+        self.best = math.inf                                   # mean of the fastest look so far
+        self.warned = False
 
     def start(self):
+        """A step begins."""
         self.begin = time.perf_counter()
 
     def stop(self):
+        """It has ended."""
         self.recent.append(time.perf_counter() - self.begin)
 
     def look(self) -> float:
@@ -461,7 +554,8 @@ class Pace:
         if self.warned or self.mean < 2 * self.before:
             return ''
         self.warned = True
-        text = f'steps take {self.mean / self.before:.1f} times as long as before: is the machine busy?'
+        times = self.mean / self.before
+        text = f'steps take {times:.1f} times as long as before: is the machine busy?'
         if threads > 1:
             text += ' Until it is quiet, stop and --resume --threads 1 is faster (other last bits)'
         return text
@@ -469,38 +563,46 @@ class Pace:
 
 # ---- the loop ----
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: int, look):
-    """The one training loop. loss_of(step) -> {name: loss}, 'loss' is minimised; look() -> (figures, a
-    picture) of the model so far. Random draws depend on (seed, stage, step) only: no generator is
-    saved."""
-    s, index = run.s, STAGES.index(stage)
+    """The one training loop.
+
+    loss_of(step) -> {name: loss}: 'loss' is minimised, the others are logged.
+    look() -> (figures, a picture) of the model so far, on validation scenes.
+    lr: of AdamW; Muon's is --muon_lr in every stage. pictures: in a step, to log how many a second.
+
+    Random draws depend on (seed, stage, step) only: no generator is saved."""
+    s = run.s
     if run.stage != stage:
         return                                                 # done before the interruption
     opts = optimizers(model.train(), lr, s.muon_lr)
-    first, pace, begin = run.step, Pace(), time.time()
-    if first > 0:
+    first = run.step
+    pace, begin = Pace(), time.time()
+    if first > 0:                                              # resumed in the middle of this stage
         run.restore(opts)
-    quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ
+    quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar
     bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05,
                dynamic_ncols=True, disable=quiet)
     for step in bar:
         done = step + 1
         pace.start()
-        torch.manual_seed(random_key(s.seed, step, index))
+        torch.manual_seed(random_key(s.seed, stage, step))
+        # forward and backward
         losses = loss_of(step)
         losses['loss'].backward()
         if SEVERAL:
             run.stop = average_gradients(model, run.stop)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        if not norm.isfinite():
+        if not norm.isfinite():                                # no step is taken with it
             values = {k: v.item() for k, v in losses.items()}
             raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate; '
                             f'{values}. Last good state: {s.out}')
+        # the optimizers' step
         rate = schedule(s, stage, step, steps)
         for optimizer in opts:
             optimizer.param_groups[0]['lr'] = optimizer.defaults['lr'] * rate
             optimizer.step()
         model.zero_grad()
         pace.stop()
+        # tell, show and save
         if done % s.log_every == 0 or done == steps:
             shown = {k: round(v.item(), 4) for k, v in losses.items()}
             bar.set_postfix(shown, refresh=False)
@@ -512,31 +614,33 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
             show(run, stage, done, model, look)
         if done < steps and (done % s.save_every == 0 or run.stop):
             run.save('state.safetensors', stage, done, opts)
-            if run.stop:
+            if run.stop:                                       # Ctrl-C, or a cluster's warning
                 wait()
                 raise UserError(f'stopped; saved {stage} step {done}. Go on: same command and --resume')
-    run.stage, run.step = (*STAGES, DONE)[index + 1], 0
+    # without the optimizers: the next stage begins with new ones
+    run.stage, run.step = NEXT[stage], 0
     run.save('state.safetensors', run.stage, run.step)
 
 
-def random_key(seed: int, step: int, stage: int) -> int:
-    """Of the step's random draws that are not the data's."""
-    return data.generator(seed, 'train', STAGES[stage], step).initial_seed()
+def random_key(seed: int, stage: str, step: int) -> int:
+    """Of the step's random draws that are not the data's: new codes for dead ones."""
+    return data.generator(seed, 'train', stage, step).initial_seed()
 
 
 def schedule(s: Settings, stage: str, step: int, steps: int) -> float:
-    """Share of the learning rate: it rises, stays, and falls to zero."""
+    """Share of the learning rate: it rises, stays, and falls to zero. Falling slowly, it settles what is
+    half learned; a stage that another one follows need not settle."""
     cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
-    rise = (step + 1) / max(1, s.warmup * steps)
-    fall = (steps - step) / max(1, cooldown * steps)
+    rise = (step + 1) / max(1, s.warmup * steps)               # above 1 after the warmup
+    fall = (steps - step) / max(1, cooldown * steps)           # below 1 in the cooldown
     return min(1, rise, fall)
 
 
 def warn(run: Run, stage: str, done: int, losses: dict, pace: Pace, warm: bool):
     """Say what looks wrong: losses above a guess once the learning rate has risen, slow steps."""
-    wild = [k for k, v in losses.items() if k != 'loss' and v > run.guess(k)]
-    if wild and warm:
-        tqdm.write(f'warning: {stage} {done}: {wild} worse than a uniform guess')
+    for name, value in losses.items():
+        if warm and name != 'loss' and value > run.guess(name):
+            tqdm.write(f'warning: {stage} {done}: {name} is worse than a uniform guess')
     busy = pace.warning(run.s.threads)
     if busy:
         tqdm.write(f'warning: {stage} {done}: {busy}')
@@ -552,7 +656,8 @@ def show(run: Run, stage: str, done: int, model, look):
         if value is not None:                                  # nothing was measured: nothing is said
             values[name] = round(value, 3)
     run.log(stage=stage, step=done, val=values)
-    tqdm.write(f'{stage} {done}: ' + ', '.join(f'{k} {v:.4g}' for k, v in values.items()))
+    told = [f'{name} {value:.4g}' for name, value in values.items()]
+    tqdm.write(f'{stage} {done}: ' + ', '.join(told))
     if values.get('used', 1) < .5:
         tqdm.write('warning: the codebook has collapsed: less than half of its codes are used')
     picture.save(run.dir / f'{stage}.png')
@@ -562,52 +667,66 @@ def show(run: Run, stage: str, done: int, model, look):
 # ---- the three stages ----
 def train_tokenizer(run: Run):
     """Autoencode pictures and all maps together: one codebook has to draw them all. Half of a batch are
-    pictures, a quarter masks, a quarter maps of all kinds."""
+    pictures, a quarter masks, a quarter maps of all kinds. A large error counts by its square, a small
+    one by its size; no adversary and no other network judges the pictures."""
     s, tok, world = run.s, run.tok, run.world
     B = my_share(s.tok_batch)
+    # what a restoration generates is the picture: nothing new
     kinds = [name for name in world.targets if name != 'recon']
     masks = 'seg' if 'seg' in kinds else kinds[0]
 
     def loss_of(step):
         _, r, _ = world.scenes('train', 'tokenizer', my_index(step), B)
-        half, most = B // 2, B * 3 // 4
-        parts = [r.image[:half], MAPS[masks].draw(r)[half:most]]
-        for i, name in enumerate(kinds):
-            parts.append(MAPS[name].draw(r)[most + i::len(kinds)])
+        half = B // 2
+        most = B * 3 // 4
+        drawn = MAPS[masks].draw(r)                                                   # [B,3,S,S]
+        parts = [r.image[:half], drawn[half:most]]
+        for i, name in enumerate(kinds):                       # by turns
+            drawn = MAPS[name].draw(r)
+            parts.append(drawn[most + i::len(kinds)])
         x = torch.cat(parts)                                                          # [B,3,S,S]
         y, _, commitment = tok(x)
-        mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
-        return {'loss': mse + .3 * l1 + .25 * commitment, 'mse': mse, 'commitment': commitment}
+        mse = F.mse_loss(y, x)
+        l1 = F.l1_loss(y, x)
+        loss = mse + .3 * l1 + .25 * commitment
+        return {'loss': loss, 'mse': mse, 'commitment': commitment}
 
     def look():
         _, r, _ = world.scenes('val', 'samples', 0, 8)
-        rows = []
+        rows = []                                              # each kind, and what it becomes
         for name in world.targets:
             x = MAPS[name].draw(r)
             rows += [x, tok.decode(tok.encode(x))]
         return evaluation.tokenizer(tok, world, 128, 'val'), sample.grid(rows)
 
     loop(run, 'tokenizer', tok, loss_of, s.tok_steps, s.tok_lr, s.tok_batch, look)
-    tok.eval().requires_grad_(False)
+    tok.eval().requires_grad_(False)                           # the codes mean the same from now on
 
 
 def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w_draw=1., late=False):
     """Mean losses of a step: `ask` pictures with questions, `draw` texts to draw, `maps` pictures with
-    maps. What nothing is known of is left out; late: ask more, mostly to find things."""
-    s, world, tok, umm = run.s, run.world, run.tok, run.umm
-    index, out = my_index(step), {}
+    maps. What nothing is known of is left out; late: ask more, mostly to find things.
+
+    Each loss is a mean over its own tokens, in nats, and has its own weight: 64 codes of a picture do
+    not drown three words of an answer. All of them go through one pass of the optimizer."""
+    s, world, umm = run.s, run.world, run.umm
+    index = my_index(step)
+    out = {}
 
     def losses_of(seq, target=None, hide=0.):
         """(text loss, pixel loss) of a batch; `hide`: share that does not see its earlier codes."""
         if seq.image is not None:
-            seq.image = umm.inputs(tok, seq.image)
+            seq.image = umm.inputs(run.tok, seq.image)
         if target is not None:
-            seq.codes = tok.encode(target)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=s.dtype == 'bfloat16'):
+            seq.codes = run.tok.encode(target)
+        half = s.dtype == 'bfloat16'
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
             return umm(seq, hide)
 
     if ask:
-        Q, kinds = (s.late_questions, world.asked_late) if late else (s.questions, world.asked)
+        Q, kinds = s.questions, world.asked
+        if late:
+            Q, kinds = s.late_questions, world.asked_late
         seq, _ = world.questions('train', index, my_share(ask), Q, kinds=kinds)
         out['text'], _ = losses_of(seq)
     if draw and world.captions:
@@ -616,33 +735,36 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w
     if maps:
         seq, target, _ = world.maps_to_draw('train', index, my_share(maps), s.proxy)
         target = run.control.change_target(target)
-        umm.blocks.requires_grad_(not run.control.frozen)      # the graph of this loss alone
+        umm.blocks.requires_grad_(not run.control.frozen)      # for the graph of this loss alone
         # Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1)
         _, out[s.proxy] = losses_of(seq, target, s.hide)
         umm.blocks.requires_grad_(True)
     weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
-    out = {name: loss for name, loss in out.items() if loss is not None}
-    total = 0 * umm.source.sum()                               # where nothing is known of the pictures
+    losses = {'loss': 0 * umm.source.sum()}                    # if nothing is known of these pictures
     for name, loss in out.items():
-        total = total + weights[name] * loss
-    return {'loss': total} | {name: loss.detach() for name, loss in out.items()}
+        if loss is not None:
+            losses['loss'] = losses['loss'] + weights[name] * loss
+            losses[name] = loss.detach()
+    return losses
 
 
 def look_at_umm(run: Run):
     """Understanding of validation pictures, and a picture of what the model can do."""
-    figures = evaluation.understanding(run.umm, run.tok, run.world, 128, 'val')
-    return figures, sample.picture(run.umm, run.tok, run.world, run.s.cfg)
+    networks = (run.umm, run.tok, run.world)
+    figures = evaluation.understanding(*networks, 128, 'val')
+    return figures, sample.picture(*networks, run.s.cfg)
 
 
 def pretrain(run: Run):
-    """Text -> picture, and picture -> text (captions and questions)."""
+    """Text -> picture, and picture -> text (captions and questions). Mostly drawing: answers about
+    shapes that are not seen yet are noise, which would take its share of every step."""
     s = run.s
+    pictures = s.pre_ask + s.pre_draw
 
     def loss_of(step):
         return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)
 
-    loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, s.pre_ask + s.pre_draw,
-         lambda: look_at_umm(run))
+    loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, pictures, lambda: look_at_umm(run))
 
 
 def maps_a_step(run: Run) -> int:
@@ -653,18 +775,26 @@ def maps_a_step(run: Run) -> int:
 
 
 def posttrain(run: Run):
-    """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions."""
-    s, maps = run.s, maps_a_step(run)
+    """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions. In the
+    second half, when shapes are known from the maps, more questions are asked, mostly of finding."""
+    s = run.s
+    maps = maps_a_step(run)
+    pictures = s.post_ask + s.post_draw + maps
 
     def loss_of(step):
-        ask_share, map_share, late = 1, 1, step >= s.post_steps / 2
-        if run.control.amounts is not None:
-            ask_share, map_share, late = run.control.amounts(step, s.post_steps)
-        return umm_losses(run, s.pre_steps + step, ask_share * s.post_ask, s.post_draw,
-                          map_share * maps, s.w_text, s.w_draw, late)
+        # steps are counted on from pretraining: no picture of it comes again
+        amounts = run.control.amounts or mixed
+        ask_share, map_share, late = amounts(step, s.post_steps)
+        ask = ask_share * s.post_ask
+        return umm_losses(run, s.pre_steps + step, ask, s.post_draw, map_share * maps, s.w_text,
+                          s.w_draw, late)
 
-    loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, s.post_ask + s.post_draw + maps,
-         lambda: look_at_umm(run))
+    loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, pictures, lambda: look_at_umm(run))
+
+
+def mixed(step: int, steps: int):
+    """-> (share of the questions' pictures, share of the maps, are the late questions asked?)"""
+    return 1, 1, step >= steps / 2
 
 
 # ---- command line ----
@@ -677,11 +807,14 @@ def main(argv=None):
         join(device)
     run = Run(s, device)
     settle(run)
-    sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (run.tok, run.umm)]
+    sizes = []
+    for network in (run.tok, run.umm):
+        sizes.append(sum(p.numel() for p in network.parameters()) / 1e6)
     print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
           '{:.2f} a code'.format(*sizes, run.guess('text'), run.guess('draw')))
 
     def stop(number, _):
+        """Ctrl-C or SIGTERM: the loop saves after the step at hand and ends."""
         run.stop = True
         if not SEVERAL:
             signal.signal(number, signal.SIG_DFL)              # the second one kills
@@ -689,7 +822,8 @@ def main(argv=None):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     for stage, train in zip(STAGES, (train_tokenizer, pretrain, posttrain)):
-        if stage == 'posttrain' and run.step == 0:
+        if stage == 'posttrain' and run.stage == stage and run.step == 0:
+            # what experiments start from: one base, many ways to go on
             run.save('pretrained.safetensors', 'posttrain', 0)
         train(run)
         if stage == s.until:
@@ -701,10 +835,13 @@ def main(argv=None):
 
 
 def finish(run: Run, begin: float):
-    """Keep the model and measure what it has learned so far."""
+    """Keep the model and measure what it has learned so far. Minutes are those of this start, with
+    everything: data, sample pictures, the evaluation."""
     s = run.s
     run.save('model.safetensors', run.stage, 0)
-    umm = None if run.stage == 'pretrain' else run.umm         # not trained yet
+    umm = run.umm
+    if run.stage == 'pretrain':                                # comes next: it is not trained yet
+        umm = None
     scores = evaluation.evaluate(umm, run.tok, run.world, s.eval_n, s.cfg)
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
@@ -714,7 +851,8 @@ def finish(run: Run, begin: float):
     if umm is None:
         print(f'python sample.py reconstruct PICTURE --checkpoint {checkpoint}')
         return
-    sample.picture(umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
+    samples = sample.picture(umm, run.tok, run.world, s.cfg)
+    samples.save(run.dir / 'samples.png')
     print(f'Look at {run.dir}/samples.png, then:\n'
           f'python sample.py draw "{run.world.example}" --n 1 --checkpoint {checkpoint}')
 
