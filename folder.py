@@ -34,7 +34,11 @@ from data import (MAX_PLAN, MAX_TEXT, PALETTE, REASON, SPLITS, DataSet, Renderin
 
 FORMAT = 2                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
-THIRDS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'center', 'right')]
+THIRDS = (                     # where an object lies, row by row
+    'top left', 'top center', 'top right',
+    'middle left', 'middle center', 'middle right',
+    'bottom left', 'bottom center', 'bottom right',
+)
 MOST_PLANNED = 8               # objects in a plan: the largest ones
 ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field of a Rendering
 
@@ -48,7 +52,7 @@ def palette(n: int):
     side = 3                                                   # of the grid
     while side ** 3 < n:
         side += 1
-    steps = torch.linspace(0, 255, side).round().long()
+    steps = torch.linspace(0, 255, side).round().long()                               # [side]
     grid = torch.cartesian_prod(steps, steps, steps)                                  # [side^3,3]
     colours = PALETTE[:n]
     while len(colours) < n:
@@ -63,6 +67,7 @@ def upright(path) -> Image.Image:
     """A picture file of any size and mode: RGB, turned upright, on white."""
     try:
         warnings.simplefilter('ignore')        # of PIL, about damaged parts; MAX_PIXELS is stricter
+        # open() reads the header only: a picture that is too large is never decoded
         with Image.open(path) as im:
             if im.width * im.height > MAX_PIXELS:
                 raise UserError(f'{path} has {im.width} x {im.height} pixels, {MAX_PIXELS:,} at most: '
@@ -70,12 +75,12 @@ def upright(path) -> Image.Image:
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith(('I', 'F')):                 # 16 bits and float: do not clip
                 im = stretched(im)
-            im = im.convert('RGBA')
+            im = im.convert('RGBA')                            # of every other mode
             white = Image.new('RGBA', im.size, 'white')
             return Image.alpha_composite(white, im).convert('RGB')
     except FileNotFoundError:
         raise UserError(f'there is no picture {path}')
-    except UserError:
+    except UserError:                                          # from above
         raise
     except Exception as e:                           # PIL raises many kinds on broken files
         why = f'{type(e).__name__}: {str(e)[:60]}'
@@ -132,17 +137,20 @@ def plan_of(objects: list[dict], width: int, height: int) -> str:
         if box is None:
             continue                                           # nothing of it is seen
         x0, y0, x1, y1 = [float(v) for v in box]
-        if not (0 <= x0 < x1 <= width + 1 and 0 <= y0 < y1 <= height + 1):
+        inside = 0 <= x0 < x1 <= width + 1 and 0 <= y0 < y1 <= height + 1
+        if not inside:                                         # a pixel of rounding is forgiven
             raise ValueError(f'bbox is {box}: it must be [x0, y0, x1, y1] in pixels of the upright '
                              f'picture, {(width, height)}')
-        row = min(2, int(1.5 * (y0 + y1) / height))            # third of the picture that it lies in
+        # the third of the picture that its middle, (y0 + y1) / 2, lies in
+        row = min(2, int(1.5 * (y0 + y1) / height))
         column = min(2, int(1.5 * (x0 + x1) / width))
         place = 3 * row + column
         name = text_of(o.get('name'), 'name')
         area = (x1 - x0) * (y1 - y0)
-        found.append((area, place, x0 + x1, f'{THIRDS[place]} {name}'))
+        words = f'{THIRDS[place]} {name}'                      # as it will stand in the plan
+        found.append((area, place, x0 + x1, words))
     largest = sorted(found)[-MOST_PLANNED:]
-    in_order = sorted(largest, key=lambda o: o[1:])
+    in_order = sorted(largest, key=lambda o: o[1:])            # by place, then from left to right
     return ', '.join(words for _, _, _, words in in_order)
 
 
@@ -150,11 +158,11 @@ def said_in(row: dict, width: int, height: int) -> dict:
     """The texts of a row, whose upright picture has that size in pixels: {file, caption or '', qa:
     [(type, [question, answer])], plan or ''}, questions and answers in small letters."""
     said = {'file': row['file_name'], 'caption': '', 'qa': []}
-    if row.get('caption'):
+    if row.get('caption'):                                     # an empty one is none
         said['caption'] = text_of(row['caption'], 'caption')
     for q in list_of(row, 'qa'):
         kind = text_of(q.get('type', 'question'), 'type')
-        if kind in ('mean', 'reason', *REASON):
+        if kind in ('mean', 'reason', *REASON):                # columns of the table of scores
             raise ValueError(f'the type {kind!r} is taken: choose another name')
         question = text_of(q.get('question'), 'question')
         answer = text_of(q.get('answer'), 'answer')
@@ -170,7 +178,8 @@ def read_mask(path, whole: tuple, size: int, classes: int):
             raise ValueError(f'{path.name} is {im.size}, mode {im.mode}; it must have the size of the '
                              f'upright picture, {whole}, and mode P or L')
         mask = np.array(im.resize((size, size), Image.NEAREST))                       # [S,S]
-    unknown = set(np.unique(mask).tolist()) - {*range(classes), 255}
+    known = {*range(classes), 255}
+    unknown = set(np.unique(mask).tolist()) - known
     if unknown:
         raise ValueError(f'{path.name} has class {max(unknown)}; classes.json names {classes}')
     return torch.from_numpy(mask)
@@ -189,6 +198,7 @@ def read_row(folder: Path, line: str, size: int, classes: int):
     if row.get('depth'):
         arrays['depth'] = read_image(folder / row['depth'], size)[0]                  # [S,S]
     said = said_in(row, *im.size)
+    # which annotations there are, to know whether all rows have them
     for key in ANNOTATIONS:
         said[key] = key in arrays
     return said, arrays
@@ -227,11 +237,12 @@ class Folder(DataSet):
         for k in sorted(self.arrays):
             self.checksum = zlib.crc32(self.arrays[k].numpy(), self.checksum)
         # what there is to learn
-        self.kinds = tuple(sorted({kind for row in self.rows['train'] for kind, _ in row['qa']}))
+        kinds = {kind for row in self.rows['train'] for kind, _ in row['qa']}
+        self.kinds = tuple(sorted(kinds))
         self.example = self.rows['train'][0]['caption'] or self.example
         self.captions = self.all_have('caption')
         self.annotated = tuple(name for key, name in ANNOTATIONS.items() if self.all_have(key))
-        if not self.kinds:
+        if not self.kinds:                                     # captions alone can be drawn
             print(f'{root}: no qa in train: what needs it is switched off')
         if not self.kinds and not self.captions:
             raise UserError(f'{root} has neither captions nor questions: there is nothing to learn')
@@ -268,11 +279,13 @@ class Folder(DataSet):
         """UserError for a text that is too long: it would have no positions in the model. 12 tokens are
         left for an instruction; a prompt needs room for the plan that follows it."""
         for row in self.all_rows():
+            # (what is read, what is written, tokens that follow)
             texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
             texts.append((row['caption'], row['plan'], MAX_PLAN))
             for a, b, more in texts:
                 room = MAX_TEXT - 12 - more
-                if len((a + b).encode()) < room - 2:           # a token is a byte or more
+                # cheap first: a token is a byte or more
+                if len((a + b).encode()) < room - 2:
                     continue
                 n = len(self.text.encode(a)) + len(self.text.encode(b))
                 if n > room:
@@ -288,8 +301,9 @@ class Folder(DataSet):
             arrays = load_file(path)
             return json.loads(arrays.pop('rows').numpy().tobytes()), arrays
         rows, arrays = self.read()
+        # the rows travel in the same file, as the bytes of their JSON
         text = torch.frombuffer(bytearray(json.dumps(rows), 'utf-8'), dtype=torch.uint8)
-        part = Path(f'{path}.part')
+        part = Path(f'{path}.part')                            # whole or not at all
         try:
             path.parent.mkdir(exist_ok=True)
             save_file(arrays | {'rows': text}, part)
@@ -308,9 +322,10 @@ class Folder(DataSet):
             meta = self.meta(split)
             files.append(meta)
             with contextlib.suppress(ValueError, RecursionError):      # read() will tell which line
-                rows = [json.loads(line) for line in self.lines(split) if line.strip()]
+                lines = [line for line in self.lines(split) if line.strip()]
+                rows = [json.loads(line) for line in lines]
                 files += files_of(rows, meta.parent)
-        known = []
+        known = []                                             # of the files that exist
         for path in files:
             if path.exists():
                 stat = path.stat()
@@ -334,16 +349,18 @@ class Folder(DataSet):
 
     def read(self):
         """Decode all. A bad line ends the program or, with skip_bad, is counted and left out."""
-        rows, arrays, seen, bad = {}, {}, {}, []
+        rows, arrays = {}, {}
+        seen, bad = {}, []                                     # shared by all splits
         for split in SPLITS:
             kept = self.read_split(split, seen, bad)
-            if not kept:
+            if not kept:                                       # an empty split measures nothing
                 raise UserError(f'{self.meta(split)} has no row that can be used. {bad[-1:]}')
             if split != 'train':     # in a fixed random order: the first n are then a fair sample of all
                 random.Random(0).shuffle(kept)
             rows[split] = [row for row, _ in kept]
             # an annotation counts if every row of the split has it
-            for key in kept[0][1]:
+            _, first = kept[0]
+            for key in first:
                 found = [arrays_of_row.get(key) for _, arrays_of_row in kept]
                 if all(array is not None for array in found):
                     arrays[f'{split}.{key}'] = torch.stack(found)
@@ -355,7 +372,7 @@ class Folder(DataSet):
         """-> [(row, arrays)]; seen: {picture: split} so far, which grows; bad: messages, which grow."""
         meta, kept = self.meta(split), []
         for n, line in enumerate(tqdm(self.lines(split), f'reading {split}', delay=2), 1):
-            if not line.strip():
+            if not line.strip():                               # an empty line is no row
                 continue
             try:
                 row, found = read_row(meta.parent, line, self.size, self.classes)
@@ -382,13 +399,14 @@ class Folder(DataSet):
         """-> (rows, their Rendering, a random.Random). In training at random; else in order, the
         batches of a stream one after another, fewer at the end."""
         rng = python_random(self.seed, split, stream, index)
-        n = len(self.rows[split])
-        if split == 'train':
+        n = len(self.rows[split])                              # rows of the split
+        if split == 'train':                                   # again and again
             chosen = [rng.randrange(n) for _ in range(B)]
         else:
             first = index * B % n
             chosen = list(range(first, min(first + B, n)))
         rows = [self.rows[split][i] for i in chosen]
+        # what is not annotated is all zero, and nobody asks for it
         none = torch.zeros(len(chosen), self.size, self.size, dtype=torch.uint8)
         found = {}
         for key in ('image', 'mask', 'depth'):
@@ -431,7 +449,7 @@ def files_of(rows: list, folder: Path) -> list:
     """The files that rows of metadata name."""
     files = []
     for row in rows:
-        if type(row) is not dict:
+        if type(row) is not dict:                              # read() will say so
             continue
         for key in ('file_name', 'mask', 'depth'):
             if type(row.get(key)) is str:

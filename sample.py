@@ -57,7 +57,7 @@ def as_picture(x, side: int) -> Image.Image:
 def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     """rows: list of [n, 3, S, S] in [0, 1] -> one picture; captions: for each row a list of texts, which
     stand under its pictures. scale: pixels on the canvas for one of a picture; gap: between them."""
-    side = rows[0].shape[-1] * scale                           # of one picture
+    side = rows[0].shape[-1] * scale                           # of one picture on the canvas
     n = max(len(row) for row in rows)
     under, heights = [], []                                    # lines of text, height of each row
     for row, texts in zip_longest(rows, captions, fillvalue=()):
@@ -68,7 +68,7 @@ def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
     width = n * (side + gap) + gap
     canvas = Image.new('RGB', (width, sum(heights) + gap), 'white')
     pen = ImageDraw.Draw(canvas)
-    y = gap
+    y = gap                                                    # top of the row
     for row, lines, height in zip(rows, under, heights):
         for i, x in enumerate(row):
             left = gap + i * (side + gap)
@@ -85,6 +85,7 @@ def captions_of(world: DataSet, scenes, rng) -> list[str]:
     styles = list(data.STYLES)
     texts = []
     for scene in scenes:
+        # a style that does not fit the scene gives nothing
         said = [world.describe(scene, style, rng) for style in styles]
         fit = [text for text in said if text]
         texts.append(fit[0])
@@ -105,11 +106,11 @@ def answers_to(umm, world: DataSet, scenes, image, rng) -> list[str]:
         kinds = kinds[1:] + kinds[:1]
     rows = [[(question, None)] for question, _ in asked]
     s = data.pack(world.text, rows, image, world.device)
-    answers = write(umm, world.text, s, temperature=0)
+    answers = write(umm, world.text, s, temperature=0)         # greedy
     notes = []
     for (question, true), answer in zip(asked, answers):
         note = f'{question} {answer}'
-        if answer != true.lower():
+        if answer != true.lower():                             # text tokens know no capitals
             note += f' (true: {true})'
         notes.append(note if question else '')                 # nothing is known of this picture
     return notes
@@ -122,7 +123,7 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     drawings of the texts below them; input pictures; the maps that the model generated; the true maps,
     and a question about each picture with the model's answer. Wrong answers have the true one behind."""
     scenes, r, rng = world.scenes('val', 'samples', 0, n)
-    image = umm.inputs(tok, r.image)
+    image = umm.inputs(tok, r.image)                           # as the model reads them
     rows, notes = [], []                                       # what stands under each row
     if world.captions:
         texts = captions_of(world, scenes, rng)
@@ -135,11 +136,11 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     notes.append([])
     if 'seg' in world.maps:
         s, target, _ = world.maps_to_draw('val', 0, n, 'seg', stream='samples')
-        s.image = image
+        s.image = image                                        # of the same stream: the same scenes
         rows.append(tok.decode(umm.generate(s, temperature=0)))
         rows.append(target)
         notes += [[], []]
-    if world.kinds:
+    if world.kinds:                                            # under the last row
         notes[-1] = answers_to(umm, world, scenes, image, rng)
     return grid(rows, notes)
 
@@ -200,7 +201,7 @@ def prompt_of(a, text: data.Text) -> str:
     prompt = data.ASK_FOR_CAPTION['list'][0]
     if name:
         prompt = MAPS[name].words[0]
-    if a.task in ('draw', 'ask'):
+    if a.task in ('draw', 'ask'):                              # the user's own words
         prompt = a.text
     n = len(text.encode(prompt))
     limit = data.MAX_TEXT - data.MAX_PLAN                      # a plan or an answer follows
@@ -213,7 +214,7 @@ def prompt_of(a, text: data.Text) -> str:
 
 def save_picture(canvas: Image.Image, path: str):
     """A temporary file first: nothing is half-written."""
-    part = Path(f'{path}.part')
+    part = Path(f'{path}.part')                                # beside it, then renamed
     try:
         canvas.save(part, 'PNG')
         os.replace(part, path)
@@ -225,8 +226,9 @@ def save_picture(canvas: Image.Image, path: str):
 def in_a_square(pictures) -> Image.Image:
     """[n, 3, S, S] beside and below each other, each at least 256 pixels wide."""
     n = len(pictures)
+    # as large as they are, or enlarged
     side = max(256, pictures.shape[-1])
-    columns = math.ceil(n ** .5)
+    columns = math.ceil(n ** .5)                               # as many rows, or one less
     canvas = Image.new('RGB', (columns * side, math.ceil(n / columns) * side))
     for i, x in enumerate(pictures):
         left = i % columns * side
@@ -238,7 +240,7 @@ def in_a_square(pictures) -> Image.Image:
 @torch.no_grad()
 def main(argv=None):
     """Do one task with one checkpoint: print texts, or write one picture."""
-    a = parse(argv)
+    a = parse(argv)                                            # nothing is loaded before it is right
     device = data.find_device(a.device)
     checkpoint = a.checkpoint or newest_checkpoint()
     tok, umm, text, _, meta = load(checkpoint, device)
@@ -252,7 +254,7 @@ def main(argv=None):
     if a.task == 'draw':
         prompts = [prompt for _ in range(a.n)]
         codes, plans = draw(umm, text, prompts, **how)                                # [n,N]
-        for plan in plans:
+        for plan in plans:                                     # what it means to draw
             print('plan:', plan)
         pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
@@ -265,7 +267,7 @@ def main(argv=None):
                 print(answer)
             return
         if a.task == 'reconstruct':
-            again = tok.decode(tok.encode(x[:1]))
+            again = tok.decode(tok.encode(x[:1]))                                     # [1,3,S,S]
             pictures = torch.cat([x[:1], again])               # before and after
         else:
             pictures = tok.decode(umm.generate(s, **how))                             # [n,3,S,S]

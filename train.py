@@ -507,7 +507,7 @@ def settle(run: Run):
     choose_threads = s.threads == 0
     dtype = 'float32' if choose_dtype else s.dtype
     best = (dtype, s.threads or torch.get_num_threads())       # all cores
-    if choose_dtype or choose_threads:
+    if choose_dtype or choose_threads:                         # there is something to compare with
         times[best] = seconds_a_step(run, *best)
     if choose_threads and best[1] > 1 and run.device.type == 'cpu':
         best = faster(run, times, best, (best[0], 1))
@@ -578,7 +578,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     pace, begin = Pace(), time.time()
     if first > 0:                                              # resumed in the middle of this stage
         run.restore(opts)
-    quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar
+    quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
     bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05,
                dynamic_ncols=True, disable=quiet)
     for step in bar:
@@ -655,6 +655,7 @@ def show(run: Run, stage: str, done: int, model, look):
         value = f if isinstance(f, float) else f['value']
         if value is not None:                                  # nothing was measured: nothing is said
             values[name] = round(value, 3)
+    # a line of the log, a line on the screen, and the latest picture of this stage
     run.log(stage=stage, step=done, val=values)
     told = [f'{name} {value:.4g}' for name, value in values.items()]
     tqdm.write(f'{stage} {done}: ' + ', '.join(told))
@@ -724,15 +725,18 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w
             return umm(seq, hide)
 
     if ask:
+        # questions and captions about pictures
         Q, kinds = s.questions, world.asked
         if late:
             Q, kinds = s.late_questions, world.asked_late
         seq, _ = world.questions('train', index, my_share(ask), Q, kinds=kinds)
         out['text'], _ = losses_of(seq)
     if draw and world.captions:
+        # pictures from captions
         seq, target = world.drawings('train', index, my_share(draw), s.drop)
         out['plan'], out['draw'] = losses_of(seq, target)
     if maps:
+        # maps of pictures
         seq, target, _ = world.maps_to_draw('train', index, my_share(maps), s.proxy)
         target = run.control.change_target(target)
         umm.blocks.requires_grad_(not run.control.frozen)      # for the graph of this loss alone
@@ -759,7 +763,7 @@ def pretrain(run: Run):
     """Text -> picture, and picture -> text (captions and questions). Mostly drawing: answers about
     shapes that are not seen yet are noise, which would take its share of every step."""
     s = run.s
-    pictures = s.pre_ask + s.pre_draw
+    pictures = s.pre_ask + s.pre_draw                          # in a step
 
     def loss_of(step):
         return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)

@@ -5,16 +5,18 @@ paper's "questions alone hurt generation" is not among the claims: here every ar
 the untouched base is no fair baseline for generation.
 """
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import data  # before torch: it tells OpenMP how to wait
 import numpy as np
 import torch
 
-import data
 import eval as evaluation
 import model
-from data import UserError
+import sample
+from data import MAPS, UserError
 from folder import open_world
 
 MARGIN = .02                     # differences below 2 points are called none
@@ -24,39 +26,64 @@ with the other sign, *not reproduced* if it holds 0 and lies within 2 points of 
 That reasoning stays as it is counts as reproduced if the interval lies within 2 points of 0, as not
 reproduced if it excludes 0. Intervals are Student's t over seeds, not corrected for the number of
 claims; the last column says which of the differences survive Holm's correction."""
-UNDERSTANDING, GENERATION = ('understanding', 'mean'), ('generation', 'mean')
+
+# ---- what is claimed and what is shown ----
+# Where in the scores of a result a figure stands; of layers 'middle' or 'last'
+UNDERSTANDING = ('understanding', 'mean')
+REASONING = ('understanding', 'reason')
+GENERATION = ('generation', 'mean')
 POSITION = ('generation', 'position')
-INK = {'none': '#999999', 'sft': '#000000', 'seg': '#D55E00', 'recon': '#0072B2', 'edge': '#56B4E9',
-       'depth': '#009E73', 'instance': '#CC79A7', 'inpaint': '#E69F00', 'denoise': '#F0E442',
-       'shuffled': '#7F4F24'}    # Okabe & Ito: told apart by colour-blind readers and in print
-MARK = dict(zip(INK, 'Xosv^DPp<d'))
-# claim: (arm, minus arm, where in the scores, the paper's effect in points; BAGEL / OmniGen2)
-CLAIMS = {
-    'segmentation beats questions alone in understanding': ('seg', 'sft', UNDERSTANDING, '+1.8 / +1.1'),
-    'segmentation beats edges in understanding': ('seg', 'edge', UNDERSTANDING, '+1.5 / +1.0'),
-    'segmentation beats reconstruction in understanding': ('seg', 'recon', UNDERSTANDING, '+1.1 / +0.5'),
-    'segmentation beats depth in understanding': ('seg', 'depth', UNDERSTANDING, '+1.0 / +1.0'),
-    'classes beat instances without names in understanding': ('seg', 'instance', UNDERSTANDING, '-'),
-    'the supervision does it: true maps beat shuffled ones': ('seg', 'shuffled', UNDERSTANDING, '-'),
-    'maps beat twice the steps of questions': ('seg', 'sft-long', UNDERSTANDING, '-'),
-    'the lead lasts: both after twice the steps': ('seg-long', 'sft-long', UNDERSTANDING, '-'),
-    'the trunk must move: frozen blocks lose': ('seg', 'frozen', UNDERSTANDING, '-'),
-    'maps matter when few pictures have questions (200)':
-        ('seg-asked-200', 'sft-asked-200', UNDERSTANDING, '-'),
-    'the same with VQ codes as input': ('seg-code', 'sft-code', UNDERSTANDING, '-'),
-    'segmentation leaves text-only reasoning as it is': ('seg', 'sft', ('understanding', 'reason'), '0'),
-    'segmentation improves generation over questions alone': ('seg', 'sft', GENERATION, '+3.8 / +4.3'),
-    'segmentation improves position in generation': ('seg', 'sft', POSITION, '+4.7 / +6.0'),
-    'edges improve position in generation': ('edge', 'sft', POSITION, '+5 / +6'),
-    'depth improves position in generation': ('depth', 'sft', POSITION, '+5.7 / +9.0'),
-    'shapes become more separable (probe, middle layer)':
-        ('seg', 'sft', ('probe', 'shape', 'middle'), 't-SNE'),
-    'attention moves to the picture (last layer)':
-        ('seg', 'sft', ('attention', 'picture', 'last'), '+7.6%'),
-    'segmentation converges faster (accuracy at half time)': ('seg', 'sft', ('half',), 'yes'),
-    'a ratio of 2:1 beats 1:1': ('seg', 'ratio-1', UNDERSTANDING, '+0.8 / +1.0'),
-    'a ratio of 2:1 beats 3:1': ('seg', 'ratio-3', UNDERSTANDING, '+0.7 / +0.5'),
-    'more maps help: endless against 100': ('seg', 'scale-100', UNDERSTANDING, '+0.8 / +0.6')}
+SHAPES_READ = ('probe', 'shape', 'middle')
+ON_PICTURE = ('attention', 'picture', 'last')
+HALF = ('half',)                 # validation accuracy at half time: of the log
+
+
+@dataclass
+class Claim:
+    """A claim about the difference of two arms."""
+    text: str
+    arm: str
+    other: str                   # the arm that is subtracted
+    figure: tuple
+    paper: str                   # the paper's effect in points; BAGEL / OmniGen2
+    no_change: bool = False      # the paper says that nothing moves
+
+
+CLAIMS = (
+    Claim('segmentation beats questions alone in understanding', 'seg', 'sft', UNDERSTANDING,
+          '+1.8 / +1.1'),
+    Claim('segmentation beats edges in understanding', 'seg', 'edge', UNDERSTANDING, '+1.5 / +1.0'),
+    Claim('segmentation beats reconstruction in understanding', 'seg', 'recon', UNDERSTANDING,
+          '+1.1 / +0.5'),
+    Claim('segmentation beats depth in understanding', 'seg', 'depth', UNDERSTANDING, '+1.0 / +1.0'),
+    Claim('classes beat instances without names in understanding', 'seg', 'instance', UNDERSTANDING,
+          '-'),
+    Claim('the supervision does it: true maps beat shuffled ones', 'seg', 'shuffled', UNDERSTANDING,
+          '-'),
+    Claim('maps beat twice the steps of questions', 'seg', 'sft-long', UNDERSTANDING, '-'),
+    Claim('the lead lasts: both after twice the steps', 'seg-long', 'sft-long', UNDERSTANDING, '-'),
+    Claim('the trunk must move: frozen blocks lose', 'seg', 'frozen', UNDERSTANDING, '-'),
+    Claim('maps matter when few pictures have questions (200)', 'seg-asked-200', 'sft-asked-200',
+          UNDERSTANDING, '-'),
+    Claim('the same with VQ codes as input', 'seg-code', 'sft-code', UNDERSTANDING, '-'),
+    Claim('segmentation leaves text-only reasoning as it is', 'seg', 'sft', REASONING, '0',
+          no_change=True),
+    Claim('segmentation improves generation over questions alone', 'seg', 'sft', GENERATION,
+          '+3.8 / +4.3'),
+    Claim('segmentation improves position in generation', 'seg', 'sft', POSITION, '+4.7 / +6.0'),
+    Claim('edges improve position in generation', 'edge', 'sft', POSITION, '+5 / +6'),
+    Claim('depth improves position in generation', 'depth', 'sft', POSITION, '+5.7 / +9.0'),
+    Claim('shapes become more separable (probe, middle layer)', 'seg', 'sft', SHAPES_READ, 't-SNE'),
+    Claim('attention moves to the picture (last layer)', 'seg', 'sft', ON_PICTURE, '+7.6%'),
+    Claim('segmentation converges faster (accuracy at half time)', 'seg', 'sft', HALF, 'yes'),
+    Claim('a ratio of 2:1 beats 1:1', 'seg', 'ratio-1', UNDERSTANDING, '+0.8 / +1.0'),
+    Claim('a ratio of 2:1 beats 3:1', 'seg', 'ratio-3', UNDERSTANDING, '+0.7 / +0.5'),
+    Claim('more maps help: endless against 100', 'seg', 'scale-100', UNDERSTANDING, '+0.8 / +0.6'),
+)
+# The arms in the figures, in this order; those that teach a map have its colour.
+INK = {'none': '#999999', 'sft': '#000000', **{name: m.colour for name, m in MAPS.items()},
+       'shuffled': '#7f4f24'}
+MARK = dict(zip(INK, 'Xosv^DPp<d>*'))
 # panel of sweeps.png: {label on the x axis: arm}; each arm is compared with its baseline()
 SWEEPS = {
     'maps for each picture with questions': {
@@ -66,155 +93,257 @@ SWEEPS = {
         '0': 'sft', '100': 'scale-100', '400': 'scale-400', '1600': 'scale-1600', 'endless': 'seg'},
     'distinct pictures with questions': {
         '200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
-    'input pictures': {'patches': 'seg', 'codes': 'seg-code'}}
+    'input pictures': {'patches': 'seg', 'codes': 'seg-code'},
+}
+BASELINES = {'seg-long': 'sft-long', 'seg-code': 'sft-code', 'seg-asked-200': 'sft-asked-200',
+             'seg-asked-800': 'sft-asked-800'}
 
+
+def baseline(arm: str) -> str:
+    """The arm of questions alone that differs from an arm in its maps only."""
+    return BASELINES.get(arm, 'sft')
+
+
+# ---- statistics ----
 @lru_cache
 def t_table(df: int):
     """Angles and Student's distribution there: t = sqrt(df) tan(a); a has density ~ cos(a)^(df-1)."""
     a = np.linspace(-np.pi / 2, np.pi / 2, 400_001)
     mass = np.cumsum(np.abs(np.cos(a)) ** (df - 1))
-    return a, (mass - mass / mass[-1] * mass[0] / 2) / mass[-1]
+    below = mass / mass[-1]
+    return a, below * (1 - below[0] / 2)                       # a step's own mass counts half
+
 
 def t_quantile(p: float, df: int) -> float:
     a, below = t_table(df)
     return float(np.sqrt(df) * np.tan(np.interp(p, below, a)))
 
+
 def t_below(t: float, df: int) -> float:
     a, below = t_table(df)
     return float(np.interp(np.arctan(t / np.sqrt(df)), a, below))
 
+
 def paired(differences) -> dict:
     """Mean of paired differences, 95% t interval, two-sided p value; low = high = None for one pair."""
-    d, n = np.asarray(differences, float), len(differences)
-    out = {'value': float(d.mean()) if n else None, 'low': None, 'high': None, 'p': None, 'n': n}
+    d = np.asarray(differences, float)
+    n = len(d)
+    out = {'value': None, 'low': None, 'high': None, 'p': None, 'n': n}
+    if n > 0:
+        mean = float(d.mean())
+        out['value'] = mean
     if n > 1:
-        error = d.std(ddof=1) / n ** .5
+        error = float(d.std(ddof=1)) / n ** .5
         half = t_quantile(.975, n - 1) * error
-        p = 2 - 2 * t_below(abs(d.mean()) / max(error, 1e-12), n - 1)
-        out |= {'low': float(d.mean() - half), 'high': float(d.mean() + half), 'p': p}
+        out['low'], out['high'] = mean - half, mean + half
+        t = abs(mean) / max(error, 1e-12)
+        out['p'] = 2 - 2 * t_below(t, n - 1)
     return out
+
 
 def verdict(e: dict, no_change=False) -> str:
     """See RULE; no_change: the paper says that nothing moves."""
     if e['low'] is None:
         return 'undecided'
     inside = max(abs(e['low']), abs(e['high'])) < MARGIN
+    above = e['low'] > 0
+    below = e['high'] < 0
     if no_change:
-        return 'reproduced' if inside else 'not reproduced' if e['low'] * e['high'] > 0 else 'undecided'
-    if e['low'] > 0:
+        if inside:
+            return 'reproduced'
+        return 'not reproduced' if above or below else 'undecided'
+    if above:
         return 'reproduced'
-    return 'opposite' if e['high'] < 0 else 'not reproduced' if inside else 'undecided'
+    if below:
+        return 'opposite'
+    return 'not reproduced' if inside else 'undecided'
+
 
 def holm(ps: list) -> list:
     """Which of the p values (None = no test) stay below .05 after Holm's step-down correction."""
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
-    kept = [False] * len(ps)
+    kept = [False for _ in ps]
     for rank, (p, i) in enumerate(order):
         if p > .05 / (len(order) - rank):
             break
         kept[i] = True
     return kept
 
+
+# ---- results ----
+def curve_of(result: dict, key: str) -> list:
+    """[(step of post-training, validation figure)]; a line lacks a figure of which nothing was asked."""
+    points = []
+    for line in result['log']:
+        if line['stage'] == 'posttrain' and key in line['val']:
+            points.append((line['step'], line['val'][key]))
+    return points
+
+
 def look_up(result: dict, path: tuple):
     """A score by its path; layers by 'middle' or 'last'; 'half': validation accuracy at half time."""
-    if path == ('half',):
-        curve = [(x['step'], x['val']['mean']) for x in result['log'] if x['stage'] == 'posttrain']
-        return dict(curve).get(result['steps'] // 2)
+    if path == HALF:
+        return dict(curve_of(result, 'mean')).get(result['steps'] // 2)
     value = result['scores']
     for key in path:
         if value is None:
             return None
-        if key in ('middle', 'last'):
-            value = value[len(value) // 2 if key == 'middle' else -1]
+        if key == 'middle':
+            value = value[len(value) // 2]
+        elif key == 'last':
+            value = value[-1]
         else:
             value = value.get(key)
     return value['value'] if isinstance(value, dict) else value
+
+
+def all_results(found: dict) -> list:
+    return [result for by_seed in found.values() for result in by_seed.values()]
+
 
 def collect(out: Path) -> dict:
     """{arm: {seed: result}} of all finished arms."""
     found = {}
     for path in sorted(out.glob('seed*/*/result.json')):
-        r = json.loads(path.read_text())
-        if r['scores']:
-            found.setdefault(r['arm'], {})[r['seed']] = r
-    for r in (runs := [r for by_seed in found.values() for r in by_seed.values()]):
-        if r['plan'] != runs[0]['plan']:
-            raise UserError(f"{out} mixes {r['arm']} (plan {r['plan']}) with {runs[0]['arm']} (plan "
-                            f"{runs[0]['plan']}): delete the folders of one of the two kinds")
+        result = json.loads(path.read_text())
+        if result['scores']:                                   # a base has none
+            by_seed = found.setdefault(result['arm'], {})
+            by_seed[result['seed']] = result
     if not found:
         raise UserError(f'no finished arm under {out}: run python -m experiments.reproduce first')
+    results = all_results(found)
+    first = results[0]
+    for other in results:
+        if other['plan'] != first['plan']:
+            raise UserError(f"{out} mixes {other['arm']} (plan {other['plan']}) with {first['arm']} "
+                            f"(plan {first['plan']}): delete the folders of one of the two kinds")
     return found
+
 
 def difference(found, arm, other, path):
     """Paired differences over the seeds that both arms finished."""
-    seeds = sorted(found.get(arm, {}).keys() & found.get(other, {}).keys())
-    values = [(look_up(found[arm][s], path), look_up(found[other][s], path)) for s in seeds]
-    return paired([a - b for a, b in values if a is not None and b is not None])
+    ours, theirs = found.get(arm, {}), found.get(other, {})
+    differences = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        a = look_up(ours[seed], path)
+        b = look_up(theirs[seed], path)
+        if a is not None and b is not None:
+            differences.append(a - b)
+    return paired(differences)
+
 
 def claims_of(found) -> list[dict]:
-    rows = []
-    for claim, (arm, other, path, paper) in CLAIMS.items():
-        e = difference(found, arm, other, path)
-        if e['n']:
-            rows.append({'claim': claim, 'effect': e['value'], 'low': e['low'], 'high': e['high'],
-                         'p': e['p'], 'seeds': e['n'], 'arms': f'{arm} - {other}', 'paper': paper,
-                         'verdict': verdict(e, no_change=paper == '0')})
-    for row, kept in zip(rows, holm([None if r['paper'] == '0' else r['p'] for r in rows])):
+    rows, ps = [], []
+    for claim in CLAIMS:
+        e = difference(found, claim.arm, claim.other, claim.figure)
+        if e['n'] == 0:
+            continue
+        rows.append({
+            'claim': claim.text,
+            'effect': e['value'],
+            'low': e['low'],
+            'high': e['high'],
+            'p': e['p'],
+            'seeds': e['n'],
+            'arms': f'{claim.arm} - {claim.other}',
+            'paper': claim.paper,
+            'no_change': claim.no_change,
+            'verdict': verdict(e, claim.no_change),
+        })
+        ps.append(None if claim.no_change else e['p'])         # no difference is claimed
+    for row, kept in zip(rows, holm(ps)):
         row['survives_holm'] = kept
     return rows
 
-def table(head, rows) -> str:
-    return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---'] * len(head), *rows])
 
-def baseline(arm: str) -> str:
-    """The arm of questions alone that differs from `arm` in its maps only."""
-    return arm.replace('seg', 'sft') if arm.startswith('seg-') else 'sft'
-
-def names_of(found, first: str) -> list:
+def names_of(found, part: str) -> list:
     """What was measured of understanding, generation or segmentation, in the order of eval.py."""
-    return list(dict.fromkeys(k for by_seed in found.values() for r in by_seed.values()
-                              for k in r['scores'].get(first, ())))
+    names = []
+    for result in all_results(found):
+        names += result['scores'].get(part, ())
+    return list(dict.fromkeys(names))                          # each once
+
+
+# ---- the report ----
+def table(head, rows) -> str:
+    """As Markdown."""
+    lines = []
+    rule = ['---' for _ in head]
+    for row in (head, rule, *rows):
+        lines.append('| ' + ' | '.join(map(str, row)) + ' |')
+    return '\n'.join(lines)
+
 
 def points(e) -> str:
     """An effect in percentage points with its interval."""
     if e['value'] is None:
         return '-'
-    tail = '' if e['low'] is None else f" [{100 * e['low']:+.1f}, {100 * e['high']:+.1f}]"
-    return f"{100 * e['value']:+.1f}{tail}"
+    text = f"{100 * e['value']:+.1f}"
+    if e['low'] is not None:
+        text += f" [{100 * e['low']:+.1f}, {100 * e['high']:+.1f}]"
+    return text
 
-def bars(effects) -> tuple[list, list]:
-    """Effects in points (nan: none) and half-widths of intervals (0: none), as errorbar takes them."""
-    return ([np.nan if e['value'] is None else 100 * e['value'] for e in effects],
-            [0 if e['low'] is None or e['n'] < 3 else 100 * (e['value'] - e['low']) for e in effects])
+
+def table_of_claims(claims) -> str:
+    rows = []
+    for c in claims:
+        effect = points({'value': c['effect'], 'low': c['low'], 'high': c['high']})
+        row = [c['claim'], c['arms'], effect, c['seeds'], c['paper'], c['verdict']]
+        row.append('holds' if c['survives_holm'] else '-')
+        rows.append(row)
+    return table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'), rows)
+
+
+def mean_text(results, path) -> str:
+    """The mean of a score over the results that have it."""
+    values = [look_up(result, path) for result in results]
+    known = [value for value in values if value is not None]
+    return f'{np.mean(known):.3f}' if known else '-'
+
+
+def table_of_scores(found, part: str, layer: tuple) -> str:
+    """Each arm's mean over seeds of all that was measured; layer: ('last',) where there are layers."""
+    names = names_of(found, part)
+    main = (part, names[0], *layer)
+    rows = []
+    for arm, by_seed in found.items():
+        if None in [look_up(result, main) for result in by_seed.values()]:
+            continue
+        row = [arm, len(by_seed)]
+        for name in names:
+            row.append(mean_text(by_seed.values(), (part, name, *layer)))
+        row.append(points(difference(found, arm, baseline(arm), main)))
+        rows.append(row)
+    return table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows)
+
 
 def report(out: Path):
     """Write report.md, claims.json and the figures of all finished arms under `out`."""
     found = collect(out)
     claims = claims_of(found)
     (out / 'claims.json').write_text(json.dumps(claims, indent=1) + '\n')
-    m = sum(c['p'] is not None and c['paper'] != '0' for c in claims)
-    parts = [f'# Claims\n\n{m} differences tested, paired by seed, in points.\n{RULE}\n',
-             table(('claim', 'arms', 'effect', 'seeds', 'paper', 'verdict', 'after Holm'),
-                   [(c['claim'], c['arms'], points(c | {'value': c['effect']}), c['seeds'], c['paper'],
-                     c['verdict'], 'holds' if c['survives_holm'] else '-') for c in claims])]
+    tested = [c for c in claims if c['p'] is not None and not c['no_change']]
+    head = f'# Claims\n\n{len(tested)} differences tested, paired by seed, in points.\n{RULE}\n'
+    parts = [head, table_of_claims(claims)]
     for title in ('Understanding', 'Generation', 'Segmentation', 'Probe', 'Attention'):
-        first, rows, layer = title.lower(), [], ('last',) * (title in ('Probe', 'Attention'))
-        if not (names := names_of(found, first)):
-            continue
-        for arm, by_seed in found.items():
-            values = [[look_up(r, (first, k, *layer)) for r in by_seed.values()] for k in names]
-            if None not in values[0]:
-                rows.append([arm, len(by_seed),
-                             *(f'{np.mean([x for x in v if x is not None]):.3f}'
-                               if any(x is not None for x in v) else '-' for v in values),
-                             points(difference(found, arm, baseline(arm), (first, names[0], *layer)))])
-        parts.append(f"\n# {title}{', last layer' * len(layer)}: mean over seeds, test split\n\n" +
-                     table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows))
-    seconds = [r['seconds'] for by_seed in found.values() for r in by_seed.values()]
-    parts.append("\n\\* `sft-asked-N`, `sft-code` and `sft-long` for the `seg-` arms of these kinds.\n\n"
-                 f'{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one process, '
+        part = title.lower()
+        layer, where = (), ''
+        if part in ('probe', 'attention'):
+            layer, where = ('last',), ', last layer'
+        if names_of(found, part):
+            parts.append(f'\n# {title}{where}: mean over seeds, test split\n')
+            parts.append(table_of_scores(found, part, layer))
+    seconds = [result['seconds'] for result in all_results(found)]
+    parts.append('\n\\* `sft-asked-N`, `sft-code` and `sft-long` for the `seg-` arms of these kinds.\n')
+    parts.append(f'{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one process, '
                  'without the bases.')
     (out / 'report.md').write_text('\n'.join(parts) + '\n')
+    draw_all(out, found)
+    print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json, figures')
+
+
+def draw_all(out: Path, found):
+    """The figures, as far as matplotlib is there, and the pictures."""
     try:
         import matplotlib
     except ImportError:
@@ -224,84 +353,155 @@ def report(out: Path):
         if any(arm in INK for arm in found):
             figures(out, found)
             sweeps(out, found)
-    world = world_of(a_model(out, found)[4]['settings'])
+    arm, by_seed = next(iter(found.items()))
+    _, _, _, _, meta = a_model(out, arm, by_seed)
+    world = world_of(meta['settings'])
     targets(out, world)
     samples(out, found, world)
-    print(parts[0] + '\n' + parts[1] + f'\n\nwrote {out}/report.md, claims.json, figures')
 
+
+# ---- pictures ----
 def world_of(settings: dict, text=None):
     """The world that a run was trained on, with the scenes that are the same for all."""
     return open_world(settings.get('data'), settings['size'], 0, 'cpu', text, settings.get('skip_bad'))
 
-def targets(out: Path, world, n=6):
-    """targets.png: input pictures, the target of every proxy; of a restoration its spoilt input too."""
-    rows, names = [], []
-    for name in world.targets:
-        s, target, r = world.proxies('val', 0, n, name)
-        spoilt = name in data.SPOIL
-        rows += [r.image] * (not rows) + [s.image if spoilt else target]
-        names += ['picture'] * (not names) + [f"{name}: input" if spoilt else name]
-    evaluation.grid(rows, [[name] for name in names], scale=2).save(out / 'targets.png')
 
-def a_model(out: Path, found):
-    """The checkpoint of the first seed of the first arm, as model.load gives it; of `none` its base."""
-    arm, by_seed = next(iter(found.items()))
-    path = out / f'seed{min(by_seed)}' / arm / 'state.safetensors'
-    return model.load(path if path.exists() else path.parents[1] / 'base/pretrained.safetensors')
+def targets(out: Path, world, n=6):
+    """targets.png: input pictures and every kind of map; of a restoration its spoilt input instead."""
+    _, r, _ = world.scenes('val', 'maps', 0, n)
+    rows, names = [r.image], [['picture']]
+    for name in world.maps:
+        s, target, _ = world.maps_to_draw('val', 0, n, name)
+        if MAPS[name].spoil is None:
+            rows.append(target)
+            names.append([name])
+        else:
+            rows.append(s.image)
+            names.append([f'{name}: input'])
+    sample.grid(rows, names, scale=2).save(out / 'targets.png')
+
+
+def a_model(out: Path, arm: str, by_seed: dict):
+    """The checkpoint of an arm's first seed, as model.load gives it; of `none` its base."""
+    folder = out / f'seed{min(by_seed)}'
+    path = folder / arm / 'state.safetensors'
+    if not path.exists():
+        path = folder / 'base' / 'pretrained.safetensors'
+    return model.load(path)
+
+
+def wanted_of(world, n: int) -> list[str]:
+    """What the arms are asked to draw: a prompt of each category, or the first captions."""
+    if world.exact:
+        texts = []
+        for category in evaluation.CATEGORIES:
+            prompts, _, _ = evaluation.prompts(world, category, 1, 'test')
+            texts += prompts
+        return texts
+    scenes, _, rng = world.scenes('test', 'generation', 0, n, pixels=False)
+    return [world.describe(scene, 'list', rng) or '' for scene in scenes]
+
 
 @torch.no_grad()
 def samples(out: Path, found, world, n=6):
     """samples.png: for each arm of the first seed, the map it was taught, of the same test pictures, and
     its drawings of the same prompts."""
-    rows, names = [], []
-    for arm in [a for a in INK if a in found]:
-        tok, umm, world.text, _, meta = a_model(out, {arm: found[arm]})
-        settings = meta['settings']
-        proxy = settings['proxy'] if meta['stage'] == 'posttrain' and arm != 'none' else 'none'
-        s, _, r = world.proxies('test', 2**21, n, proxy if proxy != 'none' else 'recon')
-        if not rows:
-            rows, names = [r.image], [['test pictures']]
-            wanted = [evaluation.prompts(world, c, 1, 'test')[0][0] for c in evaluation.CATEGORIES] \
-                if not settings.get('data') else [row['caption'] for row in world.rows['test'][:n]]
-        if proxy != 'none':
-            if proxy in data.SPOIL:
+    _, r, _ = world.scenes('test', 'samples', 0, n)
+    rows, names = [r.image], [['test pictures']]
+    wanted = wanted_of(world, n)
+    for arm in INK:
+        if arm not in found:
+            continue
+        tok, umm, world.text, _, meta = a_model(out, arm, found[arm])
+        name = 'none' if arm == 'none' else meta['settings']['proxy']
+        if name != 'none':
+            s, _, _ = world.maps_to_draw('test', 0, n, name, stream='samples')
+            if MAPS[name].spoil is not None:
                 rows.append(s.image)
                 names.append([f'{arm}: what it reads'])
             s.image = umm.inputs(tok, s.image)
-            rows.append(tok.decode(umm.generate(s, temperature=0)))
+            codes = umm.generate(s, temperature=0)
+            rows.append(tok.decode(codes))
             names.append([f'{arm}: its map'])
-        codes, _ = model.draw(umm, world.text, wanted, torch.Generator().manual_seed(0), cfg=2.)
+        g = torch.Generator().manual_seed(0)
+        codes, _ = model.draw(umm, world.text, wanted, g, cfg=2.)
         rows.append(tok.decode(codes))
-        names.append([f'{arm}: "{w}"' for w in wanted])
-    if rows:
-        evaluation.grid(rows, names, scale=3).save(out / 'samples.png')
+        names.append([f'{arm}: "{words}"' for words in wanted])
+    if len(rows) > 1:
+        sample.grid(rows, names, scale=3).save(out / 'samples.png')
+
+
+# ---- figures ----
+def bars(effects) -> tuple[list, list]:
+    """Effects in points (nan: none) and half-widths of intervals (0: none), as errorbar takes them."""
+    middle, half = [], []
+    for e in effects:
+        middle.append(np.nan if e['value'] is None else 100 * e['value'])
+        if e['low'] is None or e['n'] < 3:
+            half.append(0)
+        else:
+            half.append(100 * (e['value'] - e['low']))
+    return middle, half
+
+
+def seeds_of(found, shown) -> str:
+    """How many seeds the arms have: '3 seeds' or '3 to 5 seeds'."""
+    counts = [len(found[arm]) for arm in shown]
+    least, most = min(counts), max(counts)
+    return f'{most} seeds' if least == most else f'{least} to {most} seeds'
+
+
+def panels_of(found) -> dict:
+    """Of SWEEPS the arms that are finished; a panel of more than the main comparison's."""
+    panels = {}
+    for title, arms in SWEEPS.items():
+        kept = {}
+        for x, arm in arms.items():
+            if arm in found and baseline(arm) in found:
+                kept[x] = arm
+        if set(kept.values()) - {'sft', 'seg'}:
+            panels[title] = kept
+    return panels
+
+
+def sweep(ax, found, arms: dict):
+    """One panel: the seeds that all its arms have."""
+    seeds = None
+    for arm in arms.values():
+        both = found[arm].keys() & found[baseline(arm)].keys()
+        seeds = both if seeds is None else seeds & both
+    kept = {}
+    for arm, by_seed in found.items():
+        kept[arm] = {seed: result for seed, result in by_seed.items() if seed in seeds}
+    labels, effects = [], []
+    for x, arm in arms.items():
+        e = difference(kept, arm, baseline(arm), UNDERSTANDING)
+        if e['n']:
+            labels.append(f"{x}\nn={e['n']}")
+            effects.append(e)
+    at = range(len(effects))
+    middle, half = bars(effects)
+    ax.errorbar(at, middle, half, fmt='s-', color=INK['seg'], ms=4, lw=1, capsize=2)
+    ax.axhline(0, color='black', lw=.7)
+    ax.set_xticks(at, labels)
+
 
 def sweeps(out: Path, found):
-    """sweeps.png: understanding above questions alone against what each sweep varies; a panel shows the
-    seeds that all its arms have."""
+    """sweeps.png: understanding above questions alone against what each sweep varies."""
     import matplotlib.pyplot as plt
-    known = found.keys() - {'sft', 'seg'}
-    panels = {title: {x: a for x, a in arms.items() if a in found and baseline(a) in found}
-              for title, arms in SWEEPS.items()}
-    panels = {title: arms for title, arms in panels.items() if known & set(arms.values())}
+    panels = panels_of(found)
     if not panels:
         return
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), sharey=True,
-                             squeeze=False)
+    size = (3.4 * len(panels), 2.8)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, (title, arms) in zip(axes[0], panels.items()):
-        seeds = set.intersection(*(found[a].keys() & found[baseline(a)].keys() for a in arms.values()))
-        kept = {a: {s: r for s, r in by_seed.items() if s in seeds} for a, by_seed in found.items()}
-        es = [(x, difference(kept, arm, baseline(arm), UNDERSTANDING)) for x, arm in arms.items()]
-        es = [(x, e) for x, e in es if e['n']]
-        at, up = bars([e for _, e in es])
-        ax.errorbar(range(len(es)), at, up, fmt='s-', color=INK['seg'], ms=4, lw=1, capsize=2)
-        ax.axhline(0, color='black', lw=.7)
-        ax.set_xticks(range(len(es)), [f"{x}\nn={e['n']}" for x, e in es])
+        sweep(ax, found, arms)
         ax.set_xlabel(title)
     axes[0, 0].set_ylabel('points above questions alone')
     fig.suptitle('Segmentation, understanding, test split; 95% t intervals, n = seeds', x=.1, ha='left')
     fig.savefig(out / 'sweeps.png')
     plt.close(fig)
+
 
 def projected(out: Path, found):
     """projection.png: object patches in the plane of their first two principal components, by arm."""
@@ -311,54 +511,67 @@ def projected(out: Path, found):
         p = by_seed[min(by_seed)]['scores']['projection']
         xy, kind = np.array(p['xy']), np.array(p['shape'])
         for k, (name, mark, ink) in enumerate(zip(data.SHAPES, 'os^P*', INK.values())):
-            ax.scatter(*xy[kind == k].T, s=9, marker=mark, color=ink, label=name, lw=0, alpha=.8)
+            x, y = xy[kind == k].T
+            ax.scatter(x, y, s=9, marker=mark, color=ink, label=name, lw=0, alpha=.8)
         ax.set(title=arm, xticks=[], yticks=[])
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), ncol=5, loc='lower center',
-               bbox_to_anchor=(.5, -.06))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncol=5, loc='lower center', bbox_to_anchor=(.5, -.06))
     fig.suptitle('Object patches of test scenes, middle layer, first two principal components '
                  '(one seed)', x=.12, y=1.03, ha='left', fontsize=9)
     fig.savefig(out / 'projection.png')
     plt.close(fig)
 
-def gains(out: Path, found, shown, first: str, base: str, name: str):
+
+def gains(out: Path, found, shown, part: str, base: str, name: str):
     """Each arm above `base`, by type of question or category."""
     import matplotlib.pyplot as plt
-    arms = [a for a in shown if a != base]
-    names = [k for k in names_of(found, first) if k not in ('verifier', 'ceiling', 'other')]
-    fig, ax = plt.subplots(figsize=(max(6, len(names) * .95), 3.2))
+    arms = [arm for arm in shown if arm != base]
+    kinds = [kind for kind in names_of(found, part) if kind not in ('verifier', 'ceiling', 'other')]
+    fig, ax = plt.subplots(figsize=(max(6, len(kinds) * .95), 3.2))
     for i, arm in enumerate(arms):
-        es = [difference(found, arm, base, (first, k)) for k in names]
-        x = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * .8 / len(arms)
-        ax.errorbar(x, *bars(es), fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black',
+        effects = [difference(found, arm, base, (part, kind)) for kind in kinds]
+        middle, half = bars(effects)
+        beside = (i - (len(arms) - 1) / 2) * .8 / len(arms)    # arms stand side by side
+        x = np.arange(len(kinds)) + beside
+        ax.errorbar(x, middle, half, fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black',
                     mew=.4)
     ax.axhline(0, color='black', lw=.7)
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(kinds)), kinds)
     ax.set_ylabel(f'points above {base}')
-    ax.set_title(f'{first}, test split: paired differences, 95% t intervals, '
-                 f'{seeds_of(found, shown)}', loc='left')
+    seeds = seeds_of(found, shown)
+    ax.set_title(f'{part}, test split: paired differences, 95% t intervals, {seeds}', loc='left')
     ax.legend(ncol=max(1, len(arms)), loc='upper center', bbox_to_anchor=(.5, -.12))
     fig.savefig(out / name)
     plt.close(fig)
 
-def seeds_of(found, shown) -> str:
-    counts = sorted({len(found[a]) for a in shown})
-    return ' to '.join(map(str, sorted({counts[0], counts[-1]}))) + ' seeds'
+
+def draw_curve(ax, arm: str, lines: list):
+    """Mean and interval over seeds; lines: a curve of each seed, [(x, y)]."""
+    lines = [dict(line) for line in lines if line]
+    if not lines:
+        return
+    common = set(lines[0])
+    for line in lines:
+        common &= set(line)
+    x = sorted(common)
+    if len(x) < 2:
+        return
+    y = np.array([[line[i] for i in x] for line in lines])                            # [seeds,n]
+    mean = y.mean(0)
+    ax.plot(x, mean, MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black', mew=.3)
+    if len(lines) > 2:                                     # an interval of two is wider than the figure
+        error = y.std(0, ddof=1) / len(lines) ** .5
+        half = t_quantile(.975, len(lines) - 1) * error
+        ax.fill_between(x, mean - half, mean + half, color=INK[arm], alpha=.12, lw=0)
+
 
 def curves(out: Path, found, shown, panels: dict, y_label: str, x_label: str, name: str):
-    """panels: {title: function of a result -> [(x, y)]}; mean and interval over seeds, by arm."""
+    """panels: {title: function of a result -> [(x, y)]}."""
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), squeeze=False)
     for ax, (title, curve) in zip(axes[0], panels.items()):
         for arm in shown:
-            lines = [dict(curve(r)) for r in found[arm].values() if curve(r)]
-            x = sorted(set.intersection(*map(set, lines))) if lines else []
-            y = np.array([[line[i] for i in x] for line in lines])
-            if len(x) > 1:
-                ax.plot(x, y.mean(0), MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black',
-                        mew=.3)
-                if len(lines) > 2:                # an interval of two is wider than the figure
-                    h = t_quantile(.975, len(lines) - 1) * y.std(0, ddof=1) / len(lines) ** .5
-                    ax.fill_between(x, y.mean(0) - h, y.mean(0) + h, color=INK[arm], alpha=.12, lw=0)
+            draw_curve(ax, arm, [curve(result) for result in found[arm].values()])
         ax.set_title(title, loc='left')
         ax.set_xlabel(x_label)
     axes[0, 0].set_ylabel(y_label)
@@ -369,28 +582,46 @@ def curves(out: Path, found, shown, panels: dict, y_label: str, x_label: str, na
     fig.savefig(out / name)
     plt.close(fig)
 
+
+def by_step(key: str):
+    """A function of a result: validation figures by step."""
+    return lambda result: curve_of(result, key)
+
+
+def by_layer(part: str, key: str):
+    """A function of a result: scores by layer."""
+    return lambda result: list(enumerate(result['scores'][part][key]))
+
+
 def figures(out: Path, found):
     """gains.png, generation.png, convergence.png; of the procedural world probe.png, attention.png,
     projection.png."""
     import matplotlib.pyplot as plt
-    plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-                         'legend.frameon': False, 'savefig.bbox': 'tight', 'savefig.dpi': 130})
-    shown = [a for a in INK if a in found]
+    plt.rcParams.update({
+        'font.size': 9,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'legend.frameon': False,
+        'savefig.bbox': 'tight',
+        'savefig.dpi': 130,
+    })
+    shown = [arm for arm in INK if arm in found]
     base = 'sft' if 'sft' in found else shown[0]
     gains(out, found, shown, 'understanding', base, 'gains.png')
     gains(out, found, shown, 'generation', base, 'generation.png')
-    at = lambda key: lambda r: [(x['step'], x['val'][key]) for x in r['log']
-                                if x['stage'] == 'posttrain']
     types = names_of(found, 'understanding')
     chosen = ('shape', 'what') if 'what' in types else types[1:3]
-    curves(out, found, shown, {'mean of visual types': at('mean'), **{k: at(k) for k in chosen}},
-           'validation accuracy', 'post-training step', 'convergence.png')
-    if 'projection' not in next(iter(found[shown[0]].values()))['scores']:         # of real pictures
+    panels = {'mean of visual types': by_step('mean')}
+    for kind in chosen:
+        panels[kind] = by_step(kind)
+    curves(out, found, shown, panels, 'validation accuracy', 'post-training step', 'convergence.png')
+    if not names_of(found, 'probe'):                           # of real pictures there are none
         return
     projected(out, {arm: found[arm] for arm in shown})
-    by_layer = lambda group, key: lambda r: list(enumerate(r['scores'][group][key]))
-    tasks, kinds = ('shape', 'colour', 'depth', 'object', 'control'), ('picture', 'asked object')
-    curves(out, found, shown, {k: by_layer('probe', k) for k in tasks},
-           'balanced accuracy of a linear probe', 'layer (0 = embedding)', 'probe.png')
-    curves(out, found, shown, {k: by_layer('attention', k) for k in (*kinds, 'draw: position')},
-           'share of attention', 'layer', 'attention.png')
+    tasks = ('shape', 'colour', 'depth', 'object', 'control')
+    panels = {task: by_layer('probe', task) for task in tasks}
+    curves(out, found, shown, panels, 'balanced accuracy of a linear probe', 'layer (0 = embedding)',
+           'probe.png')
+    parts = ('picture', 'asked object', 'draw: position')
+    panels = {part: by_layer('attention', part) for part in parts}
+    curves(out, found, shown, panels, 'share of attention', 'layer', 'attention.png')
