@@ -71,10 +71,10 @@ def main(out: Path):
         *blocks, _ = values.mean(0)
         whole = paired(values[:, -1])
         gain = difference(found, name, 'sft', UNDERSTANDING)
-        text = f"{whole['value']:+.3f}"
+        cell = f"{whole['value']:+.3f}"
         if whole['low'] is not None:
-            text += f" [{whole['low']:+.3f}, {whole['high']:+.3f}]"
-        rows.append([name, *[f'{value:+.3f}' for value in blocks], text, points(gain)])
+            cell += f" [{whole['low']:+.3f}, {whole['high']:+.3f}]"
+        rows.append([name, *[f'{value:+.3f}' for value in blocks], cell, points(gain)])
         if gain['value'] is not None:
             alike.append(whole['value'])
             gained.append(gain['value'])

@@ -30,7 +30,7 @@ def points_of(lines: list, name: str, pre_steps: int) -> list:
 
 
 def losses(run: Path):
-    """losses.png: each loss of a run by step, and beside it ln V or ln K, the loss of a uniform guess."""
+    """losses.png: each loss of a run by step, and beside it that of a uniform guess, ln V or ln K."""
     try:
         import matplotlib
     except ImportError:
@@ -40,7 +40,8 @@ def losses(run: Path):
     _, umm, _, _, meta = model.load(run / 'model.safetensors')
     s = meta['settings']
     lines = read_log(run / 'log.jsonl')
-    sizes = {'text': umm.c.vocab, 'plan': umm.c.vocab, 'draw': umm.c.codebook, s['proxy']: umm.c.codebook}
+    V, K = umm.c.vocab, umm.c.codebook
+    sizes = {'text': V, 'plan': V, 'draw': K, s['proxy']: K}
     shown = {}
     for name in sizes:
         points = points_of(lines, name, s['pre_steps'])

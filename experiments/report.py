@@ -173,11 +173,11 @@ def holm(ps: list) -> list:
 # ---- results ----
 def curve_of(result: dict, key: str) -> list:
     """[(step of post-training, validation figure)]; a line lacks a figure of which nothing was asked."""
-    points = []
+    curve = []
     for line in result['log']:
         if line['stage'] == 'posttrain' and key in line['val']:
-            points.append((line['step'], line['val'][key]))
-    return points
+            curve.append((line['step'], line['val'][key]))
+    return curve
 
 
 def look_up(result: dict, path: tuple):
@@ -428,7 +428,7 @@ def samples(out: Path, found, world, n=6):
         rows.append(tok.decode(codes))
         names.append([f'{arm}: "{words}"' for words in wanted])
     if len(rows) > 1:
-        sample.grid(rows, names, scale=3).save(out / 'samples.png')
+        sample.grid(rows, names).save(out / 'samples.png')
 
 
 # ---- figures ----

@@ -12,7 +12,6 @@ as it would on a GPU; numbers come out as on a CPU. What it does not show of CUD
 - autocast knows only the operations LOW and FULL below;
 - Module.to() makes new parameters, where CUDA changes the old ones in place.
 """
-
 import contextlib
 from unittest import mock
 
@@ -157,6 +156,9 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.unravel_index:  # calls torch.tensor itself, where nobody sees it any more
+            places = func(args[0].cpu(), **kwargs)
+            return tuple(place.to(args[0].device) for place in places)
         if 'device' not in kwargs and 'generator' not in kwargs:
             return func(*args, **kwargs)
         device = torch.device(kwargs.get('device') or 'cpu')

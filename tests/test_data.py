@@ -1,245 +1,416 @@
-"""Scenes, maps, text: exact, balanced, disjoint."""
-
+"""Scenes, maps, questions, text: exact, balanced, disjoint."""
 import math
 import random
 from collections import Counter, defaultdict
+from itertools import product
 
 import pytest
 import torch
 
 import data
-from data import CELLS, CHANCE, COLOURS, PALETTE, PROXIES, SHAPES, VISUAL, Questions, Text, World
-
-GOLDEN_NAMES = [
-    ['purple triangle', 'blue circle', 'cyan triangle', 'yellow circle'],
-    ['blue triangle'],
-    ['red circle', 'blue circle', 'purple circle'],
-]
-GOLDEN_MEAN = 0.51575
+from data import CELLS, CHANCE, COLOURS, MAPS, NUMBERS, PALETTE, SHAPES, VISUAL, Text, World
 
 
-def test_a_batch_is_a_pure_function_of_seed_split_and_index(world):
-    a, b = (world.questions('train', 3, 4, 5)[0] for _ in range(2))
-    assert torch.equal(a.text, b.text) and torch.equal(a.image, b.image)
-    for other in (world.questions('val', 3, 4, 5)[0], World(16, seed=1).questions('train', 3, 4, 5)[0]):
-        assert not torch.equal(a.image, other.image)
+# ---- random sources ----
+def test_a_batch_is_a_pure_function_of_seed_split_stream_and_index(world):
+    def batch(of=world, split='train', stream='questions', index=3):
+        s, _ = of.questions(split, index, 4, 5, stream=stream)
+        return s
+
+    first = batch()
+    again = batch()
+    assert torch.equal(first.text, again.text)
+    assert torch.equal(first.image, again.image)
+    others = [
+        batch(of=World(16, seed=1)),
+        batch(split='val'),
+        batch(stream='drawings'),
+        batch(index=4),
+    ]
+    for other in others:
+        assert not torch.equal(first.image, other.image)
 
 
 def test_splits_have_disjoint_random_sources():
     """Also in the 32 bits that torch looks at on the CPU."""
-    seeds = {
-        split: {
-            data.generator(s, split, i).initial_seed() % 2**32 for s in range(4) for i in range(2000)
-        }
-        for split in data.SPLITS
-    }
-    assert all(len(v) > 7990 for v in seeds.values())
-    assert not seeds['train'] & (seeds['val'] | seeds['test']) and not seeds['val'] & seeds['test']
+    seeds = {}
+    for split in data.SPLITS:
+        seeds[split] = set()
+        for seed in range(4):
+            for index in range(1000):
+                for stream in ('questions', 'maps'):
+                    g = data.generator(seed, split, stream, index)
+                    seeds[split].add(g.initial_seed() % 2**32)
+    for found in seeds.values():
+        assert len(found) > 7990                           # of 8000: hardly two are the same
+    assert not seeds['train'] & seeds['val']
+    assert not seeds['train'] & seeds['test']
+    assert not seeds['val'] & seeds['test']
+
+
+GOLDEN_NAMES = [
+    ['green triangle'],
+    ['purple triangle', 'purple square', 'red cross'],
+    ['cyan square'],
+    ['blue triangle'],
+]
+GOLDEN_MEAN = 0.46497
 
 
 def test_golden_scene():
     """Fixed seed, fixed world: a change of these values changes every result ever reported."""
-    scenes, r, rng = World(32).scenes('test', 0, 3)
-    assert [[o.name for o in objs] for objs, _ in scenes] == GOLDEN_NAMES
+    scenes, r, _ = World(32).scenes('test', 'understanding', 0, 4)
+    names = [[o.name for o in scene.objects] for scene in scenes]
+    assert names == GOLDEN_NAMES
     assert r.image.mean().item() == pytest.approx(GOLDEN_MEAN, abs=1e-4)
 
 
+# ---- scenes and their renderings ----
 def test_counts_are_uniform_and_names_unique():
-    s = data.sample_scenes(20000, data.generator(0, 'train', 0))
-    assert (s.n.bincount(minlength=5)[1:] / 20000 - 0.25).abs().max() < 0.015
-    for objs in data.objects(data.sample_scenes(500, data.generator(0, 'train', 1))):
-        assert len({o.name for o in objs}) == len(objs) and [o.cell for o in objs] == sorted(
-            o.cell for o in objs
-        )
+    s = data.sample_scenes(20000, data.generator(0, 'train', 'counts', 0))
+    shares = s.n.bincount(minlength=5)[1:] / 20000
+    assert (shares - .25).abs().max() < .015
+    s = data.sample_scenes(500, data.generator(0, 'train', 'counts', 1))
+    for scene in data.scenes_as_objects(s):
+        names = {o.name for o in scene.objects}
+        assert len(names) == len(scene.objects)
+        cells = [o.cell for o in scene.objects]
+        assert cells == sorted(cells)
+
+
+def slot_seen_at(s, b: int, x: float, y: float, size: int) -> int:
+    """Number of the object that is seen there, 0 for the background: ask each one, nearest first."""
+    slots = list(range(int(s.n[b])))
+    slots.sort(key=lambda k: s.z[b, k])
+    for k in slots:
+        radius = s.radius[b, k]
+        dx = (x - s.xy[b, k, 0]) / radius
+        dy = (y - s.xy[b, k, 1]) / radius
+        distance = data.distance_field(int(s.shape[b, k]), dx[None], dy[None])
+        if distance[0] * radius * size <= 0:
+            return k + 1
+    return 0
 
 
 def test_render_against_naive_loop():
-    """Class, instance and depth of every pixel agree with asking each object, nearest first."""
-    g = data.generator(0, 'train', 2)
+    """Class, instance and depth of every pixel agree with asking each object."""
+    size = 20
+    g = data.generator(0, 'train', 'naive', 0)
     s = data.sample_scenes(6, g)
-    r = data.render(s, 20, g)
+    r = data.render(s, size, g)
     for b in range(6):
-        for y in range(20):
-            for x in range(20):
-                slot = 0
-                for k in sorted(range(int(s.n[b])), key=lambda k: s.z[b, k]):
-                    rad = s.radius[b, k]
-                    dx, dy = (
-                        ((x + 0.5) / 20 - s.xy[b, k, 0]) / rad,
-                        ((y + 0.5) / 20 - s.xy[b, k, 1]) / rad,
-                    )
-                    if data.distance_field(int(s.shape[b, k]), dx[None], dy[None])[0] * rad * 20 <= 0:
-                        slot = k + 1
-                        break
-                assert r.instance[b, y, x] == slot
-                assert r.classes[b, y, x] == (s.shape[b, slot - 1] + 1 if slot else 0)
-                assert r.depth[b, y, x] == (1 - 0.75 * s.z[b, slot - 1] if slot else 0)
+        for row in range(size):
+            for column in range(size):
+                slot = slot_seen_at(s, b, (column + .5) / size, (row + .5) / size, size)
+                shape, depth = 0, 0
+                if slot > 0:
+                    shape = s.shape[b, slot - 1] + 1
+                    depth = 1 - .75 * s.z[b, slot - 1]
+                assert r.instance[b, row, column] == slot
+                assert r.classes[b, row, column] == shape
+                assert r.depth[b, row, column] == depth
 
 
-def test_each_proxy_target_is_its_own_map(world):
-    """The supervised target of every proxy is that proxy's map, computed again here, not the input."""
-    for name in PROXIES:
-        s, target, r = world.proxies('train', 0, 8, name)
-        assert target.shape == r.image.shape
-        if name in data.SPOIL:  # the input is spoilt, the target is not
-            assert torch.equal(target, r.image) and not torch.allclose(s.image, r.image, atol=0.1)
-            assert 0 <= s.image.min() and s.image.max() <= 1
-            assert torch.equal(s.image, world.proxies('train', 0, 8, name)[0].image)
-            continue
-        assert torch.equal(s.image, r.image)
-        if name == 'recon':
-            assert torch.equal(target, r.image)
-            continue
-        if name == 'instance':  # one colour each, all different; what colour says nothing of the class
-            for b in range(8):
-                colours = {
-                    i: target[b][:, r.instance[b] == i].unique(dim=1)
-                    for i in r.instance[b].unique().tolist()
-                }
-                assert all(c.shape[1] == 1 for c in colours.values())
-                assert len({tuple(c[:, 0].tolist()) for c in colours.values()}) == len(colours)
-            continue
-        assert not torch.allclose(target, r.image)
-        for b, y, x in [(b, y, x) for b in range(8) for y in (3, 8, 12) for x in (2, 7, 13)]:
-            if name == 'seg':
-                want = [v / 255 for v in PALETTE[r.classes[b, y, x]].tolist()]
-            elif name == 'depth':
-                want = [r.depth[b, y, x].item()] * 3
-            else:
-                p = r.image[b].mean(0)[y - 1 : y + 2, x - 1 : x + 2].tolist()
-                gx = sum(w * (row[2] - row[0]) for w, row in zip((1, 2, 1), p))
-                gy = sum(w * (p[2][k] - p[0][k]) for k, w in enumerate((1, 2, 1)))
-                want = [min(1, math.hypot(gx, gy))] * 3
-            assert target[b, :, y, x].tolist() == pytest.approx(want, abs=1e-5), name
+# ---- maps: the supervised target of each is its own map, worked out again here ----
+PIXELS = list(product(range(8), (3, 8, 12), (2, 7, 13)))         # (b, y, x)
+
+
+def wanted_seg(r, b, y, x):
+    return [v / 255 for v in PALETTE[r.classes[b, y, x]].tolist()]
+
+
+def wanted_depth(r, b, y, x):
+    return [r.depth[b, y, x].item()] * 3
+
+
+def wanted_edge(r, b, y, x):
+    """Sobel's two sums over the grey values around a pixel."""
+    grey = r.image[b].mean(0)
+    around = grey[y - 1:y + 2, x - 1:x + 2].tolist()
+    across, down = 0, 0
+    for k, weight in enumerate((1, 2, 1)):
+        across += weight * (around[k][2] - around[k][0])
+        down += weight * (around[2][k] - around[0][k])
+    return [min(1, math.hypot(across, down))] * 3
+
+
+@pytest.mark.parametrize('name, wanted', [
+    ('seg', wanted_seg),
+    ('depth', wanted_depth),
+    ('edge', wanted_edge),
+])
+def test_maps_by_pixel(world, name, wanted):
+    s, target, r = world.maps_to_draw('train', 0, 8, name)
+    assert target.shape == r.image.shape
+    assert torch.equal(s.image, r.image)                   # the input is the picture,
+    assert not torch.allclose(target, r.image)             # the target is not
+    for b, y, x in PIXELS:
+        found = target[b, :, y, x].tolist()
+        assert found == pytest.approx(wanted(r, b, y, x), abs=1e-5)
+
+
+def test_instances_have_one_colour_each_and_all_differ(world):
+    """What colour an object has says nothing of its class."""
+    s, target, r = world.maps_to_draw('train', 0, 8, 'instance')
+    assert target.shape == r.image.shape
+    assert torch.equal(s.image, r.image)
+    colours_of_a_class = defaultdict(set)
+    for b in range(8):
+        colours = set()
+        numbers = r.instance[b].unique().tolist()
+        for number in numbers:
+            inside = r.instance[b] == number
+            pixels = target[b][:, inside].unique(dim=1)
+            assert pixels.shape[1] == 1                    # the same colour everywhere
+            colour = tuple(pixels[:, 0].tolist())
+            colours.add(colour)
+            shape = r.classes[b][inside][0].item()
+            colours_of_a_class[shape].add(colour)
+        assert len(colours) == len(numbers)
+    assert colours_of_a_class.pop(0) == {(0, 0, 0)}        # the background is black
+    assert max(len(colours) for colours in colours_of_a_class.values()) > 1
+
+
+def test_the_picture_itself_is_a_map(world):
+    s, target, r = world.maps_to_draw('train', 0, 8, 'recon')
+    assert torch.equal(s.image, r.image)
+    assert torch.equal(target, r.image)
+
+
+SPOILT = [name for name, m in MAPS.items() if m.spoil]
+
+
+@pytest.mark.parametrize('name', SPOILT)
+def test_of_a_restoration_the_input_is_spoilt_the_target_is_not(world, name):
+    s, target, r = world.maps_to_draw('train', 0, 8, name)
+    assert torch.equal(target, r.image)
+    assert not torch.allclose(s.image, r.image, atol=.1)
+    assert s.image.min() >= 0
+    assert s.image.max() <= 1
+    again, _, _ = world.maps_to_draw('train', 0, 8, name)
+    assert torch.equal(s.image, again.image)
+
+
+def test_every_map_is_tested_above():
+    assert set(MAPS) == {'seg', 'depth', 'edge', 'instance', 'recon', *SPOILT}
+    assert len(SPOILT) == 4
 
 
 def test_masks_have_only_palette_colours(world):
-    target = world.proxies('train', 1, 32, 'seg')[1].permute(0, 2, 3, 1).reshape(-1, 3)
-    colours = {tuple(c) for c in (target * 255).round().long().tolist()}
-    assert colours <= {tuple(c) for c in PALETTE.tolist()} and len(colours) == len(data.CLASSES)
+    _, target, _ = world.maps_to_draw('train', 1, 32, 'seg')
+    pixels = target.permute(0, 2, 3, 1).reshape(-1, 3)
+    found = {tuple(colour) for colour in (pixels * 255).round().long().tolist()}
+    assert found <= {tuple(colour) for colour in PALETTE.tolist()}
+    assert len(found) == len(data.CLASSES)
 
 
-def truth(kind, words, objs):
-    """The answer worked out again from the question's own words."""
-    by_name = {o.name: o for o in objs}
-    named = sorted((n for n in by_name if n in words), key=words.index)
-    if kind == 'count':
-        key = [k for k in SHAPES + tuple(COLOURS) if k in words]
-        return str(sum(key[0] in (o.shape, o.colour) for o in objs) if key else len(objs))
-    if kind == 'exist':
-        return 'yes' if named else 'no'
-    if kind == 'colour':
-        return next(o.colour for o in objs if o.shape in words)
-    if kind == 'shape':
-        return next(o.shape for o in objs if o.colour in words)
-    if kind == 'what':
-        return next(o.name for o in objs if CELLS[o.cell] in words)
-    a, *rest = (by_name[n] for n in named)
-    if kind == 'where':
-        return ('top ' if a.y < 0.5 else 'bottom ') + ('left' if a.x < 0.5 else 'right')
-    if kind == 'size':
-        return 'large' if a.z < 0.5 else 'small'
-    if kind == 'depth':
-        return min(a, rest[0], key=lambda o: o.z).name
-    if kind == 'relation':
-        b = rest[0]
-        across = abs(a.x - b.x) > abs(a.y - b.y)
-        return ('left' if a.x < b.x else 'right') if across else ('above' if a.y < b.y else 'below')
-    return min(rest, key=lambda o: math.hypot(o.x - a.x, o.y - a.y)).name
+# ---- questions: the answer worked out again, from the question's own words ----
+def named_in(question: str, objects) -> list:
+    """The objects that a question names, in its order."""
+    found = [o for o in objects if o.name in question]
+    return sorted(found, key=lambda o: question.index(o.name))
+
+
+def true_count(question, objects):
+    for name in SHAPES + tuple(COLOURS):
+        if name in question:
+            return str(sum(name in (o.shape, o.colour) for o in objects))
+    return str(len(objects))
+
+
+def true_exist(question, objects):
+    return 'yes' if named_in(question, objects) else 'no'
+
+
+def true_colour(question, objects):
+    return next(o.colour for o in objects if o.shape in question)
+
+
+def true_shape(question, objects):
+    return next(o.shape for o in objects if o.colour in question)
+
+
+def true_what(question, objects):
+    return next(o.name for o in objects if CELLS[o.cell] in question)
+
+
+def true_where(question, objects):
+    o, = named_in(question, objects)
+    row = 'top' if o.y < .5 else 'bottom'
+    column = 'left' if o.x < .5 else 'right'
+    return f'{row} {column}'
+
+
+def true_size(question, objects):
+    o, = named_in(question, objects)
+    return 'large' if o.z < .5 else 'small'
+
+
+def true_depth(question, objects):
+    a, b = named_in(question, objects)
+    return a.name if a.z < b.z else b.name
+
+
+def true_relation(question, objects):
+    a, b = named_in(question, objects)
+    if abs(a.x - b.x) > abs(a.y - b.y):
+        return 'left' if a.x < b.x else 'right'
+    return 'above' if a.y < b.y else 'below'
+
+
+def true_distance(question, objects):
+    o, *others = named_in(question, objects)
+    nearest = min(others, key=lambda a: math.hypot(a.x - o.x, a.y - o.y))
+    return nearest.name
+
+
+TRUTH = {
+    'count': true_count, 'exist': true_exist, 'colour': true_colour, 'shape': true_shape,
+    'what': true_what, 'where': true_where, 'size': true_size, 'depth': true_depth,
+    'relation': true_relation, 'distance': true_distance,
+}
 
 
 @pytest.mark.parametrize('kind', VISUAL)
-def test_every_answer_is_right(kind):
-    rng = random.Random(0)
-    scenes, _, _ = World(16).scenes('train', 5, 400, pixels=False)
-    asked = [(objs, qa) for objs, theme in scenes if (qa := Questions(objs, theme, rng).ask(kind))]
-    assert len(asked) > 100
-    for objs, (question, answer) in asked:
-        assert truth(kind, question, objs) == answer, (question, objs)
+def test_every_answer_is_right(world, kind):
+    scenes, _, _ = world.scenes('train', 'truth', 0, 400, pixels=False)
+    rng, asked = random.Random(0), 0
+    for scene in scenes:
+        for question, answer in world.ask(scene, kind, rng):
+            asked += 1
+            assert TRUTH[kind](question, scene.objects) == answer, (question, scene.objects)
+    assert asked > 100
 
 
 @pytest.fixture(scope='module')
 def many_scenes(world):
-    return [world.scenes('train', 10 + i, 500, pixels=False)[0] for i in range(12)]
+    """Enough that the longest questions, which name three objects, come again in the same words."""
+    batches = []
+    for i in range(48):
+        scenes, _, _ = world.scenes('train', 'guessing', i, 500, pixels=False)
+        batches.append(scenes)
+    return batches
 
 
 @pytest.mark.parametrize('kind', VISUAL)
-def test_answers_cannot_be_guessed_from_the_words(kind, many_scenes):
+def test_answers_cannot_be_guessed_from_the_words(world, kind, many_scenes):
     """The best text-only rule, fitted on other scenes, stays near chance."""
-    rng, seen, right, total = random.Random(1), defaultdict(Counter), 0, 0
-    for i, scenes in enumerate(many_scenes):
-        for objs, theme in scenes:
-            if qa := Questions(objs, theme, rng).ask(kind):
-                key, answer = qa
-                if i < 9:
-                    seen[key][answer] += 1
-                elif key in seen:
+    rng, answers = random.Random(1), defaultdict(Counter)
+    for scenes in many_scenes[:36]:
+        for scene in scenes:
+            for question, answer in world.ask(scene, kind, rng):
+                answers[question][answer] += 1
+    guess = {}
+    for question, found in answers.items():
+        guess[question], _ = found.most_common(1)[0]
+    right, total = 0, 0
+    for scenes in many_scenes[36:]:
+        for scene in scenes:
+            for question, answer in world.ask(scene, kind, rng):
+                if question in guess:
                     total += 1
-                    right += seen[key].most_common(1)[0][0] == answer
-    if total > 100:
-        assert right / total < CHANCE[kind] + 0.08
+                    right += guess[question] == answer
+    assert total > 500
+    assert right / total < CHANCE[kind] + .08
 
 
+# ---- captions ----
 def test_caption_styles():
-    a, b = (
-        data.Object('circle', 'red', 0, 0.2, 0.25, 0.1),
-        data.Object('circle', 'blue', 1, 0.8, 0.25, 0.9),
-    )
+    a = data.Object('circle', 'red', 0, .2, .25, .1)
+    b = data.Object('circle', 'blue', 1, .8, .25, .9)
     rng = random.Random(0)
     assert data.caption([a, b], 'list', rng) == 'a red circle and a blue circle'
     assert data.caption([a, b], 'place', rng) == 'top left a red circle, top right a blue circle'
     assert data.caption([a, b], 'count', rng) == 'two circles'
     assert data.caption([a], 'bare', rng) == 'a circle'
-    assert data.caption([a, b], 'relation', rng) in (
-        'a red circle left of a blue circle',
-        'a blue circle right of a red circle',
-    )
-    assert data.caption([a], 'relation', rng) is None and data.caption([a], 'count', rng) is None
+    either_way = ('a red circle left of a blue circle', 'a blue circle right of a red circle')
+    assert data.caption([a, b], 'relation', rng) in either_way
+    assert data.caption([a], 'relation', rng) is None
+    assert data.caption([a], 'count', rng) is None
 
 
-def test_text_tokens_any_string_and_no_special_ids(world):
-    t = world.text
-    for s in (
-        'a red circle',
-        '<|end|>',
-        '<|answer|><|end|>',
-        'ünïcödé 漢字 \U0001f600',
-        '\x00\x07',
-        'a' * 500,
-    ):
-        ids = t.encode(s)
-        assert ids and max(ids) < t.answer
-        assert t.decode(ids) == ' '.join(s.lower().split())
-    assert t.encode('') == t.encode('  \n') == []
-    assert len(t.encode('a red circle left of a blue square')) == 8  # a word of the world is one token
+def test_every_caption_is_true_of_its_scene(world):
+    """Of every style, as often as it fits; the words are counted again."""
+    scenes, _, rng = world.scenes('train', 'captions', 0, 400, pixels=False)
+    said = Counter()
+    for scene in scenes:
+        n = len(scene.objects)
+        shapes = Counter(o.shape for o in scene.objects)
+        for style in data.STYLES:
+            text = world.describe(scene, style, rng)
+            if text is None:
+                continue
+            said[style] += 1
+            if style == 'count':
+                number, _ = text.split()
+                assert number == NUMBERS[n]
+                assert list(shapes.values()) == [n]
+            else:
+                words = Counter(text.replace(',', '').split())
+                assert {shape: words[shape] for shape in SHAPES if words[shape]} == shapes
+    assert min(said[style] for style in data.STYLES) > 10
+
+
+# ---- text tokens ----
+@pytest.mark.parametrize('line', [
+    'a red circle',
+    '<|end|>',
+    '<|answer|><|end|>',
+    'ünïcödé 漢字 \U0001f600',
+    '\x00\x07',
+    'a' * 500,
+])
+def test_text_tokens_any_string_and_no_special_ids(world, line):
+    ids = world.text.encode(line)
+    assert ids
+    assert max(ids) < world.text.answer
+    assert world.text.decode(ids) == ' '.join(line.lower().split())
+
+
+def test_no_text_has_no_tokens_and_a_word_of_the_world_has_one(world):
+    assert world.text.encode('') == []
+    assert world.text.encode('  \n') == []
+    assert len(world.text.encode('a red circle left of a blue square')) == 8
 
 
 def test_text_survives_a_round_trip_through_its_vocabulary(world):
-    again = Text([bytes.fromhex(x) for x in [v.hex() for v in world.text.vocab]])
+    written = [token.hex() for token in world.text.vocab]
+    again = Text([bytes.fromhex(token) for token in written])
     assert again.encode('what color is the ring?') == world.text.encode('what color is the ring?')
 
 
+# ---- sequences ----
 def test_pack_supervises_the_answer_and_its_end_only(world):
-    t = world.text
-    s = data.pack(t, [[('count the rings.', '2'), ('find the red ring.', 'top left')], [('draw', None)]])
-    k = s.target >= 0
-    answers = [s.target[0][k[0] & (s.turn[0] == turn)].tolist() for turn in (1, 2)]
-    assert [t.decode(a) for a in answers] == ['2', 'top left'] and all(a[-1] == t.end for a in answers)
-    assert (s.target[0][k[0]] == t.end).sum() == 2 and not k[1].any()
-    assert sorted(set(s.turn[0].tolist())) == [1, 2] and set(s.turn[1].tolist()) == {1, -1}
+    text = world.text
+    two_turns = [('count the rings.', '2'), ('find the red ring.', 'top left')]
+    a_prompt = [('draw', None)]
+    s = data.pack(text, [two_turns, a_prompt])
+    supervised = s.target >= 0                             # [2,T]
+    for number, (_, answer) in enumerate(two_turns, 1):
+        mine = supervised[0] & (s.turn[0] == number)
+        target = s.target[0][mine].tolist()
+        assert text.decode(target) == answer
+        assert target[-1] == text.end
+        assert target.count(text.end) == 1
+    assert (s.target[0] == text.end).sum() == 2
+    assert not supervised[1].any()
+    assert set(s.turn[0].tolist()) == {1, 2}
+    assert set(s.turn[1].tolist()) == {1, -1}              # the shorter row is padded
 
 
 def test_drop_gives_empty_prompts(world):
-    s, _ = world.drawings('train', 0, 400, drop=0.25)
-    assert 60 < (s.turn < 0).all(1).sum() < 140
+    s, _ = world.drawings('train', 0, 400, drop=.25)
+    empty = (s.turn < 0).all(1).sum()
+    assert 60 < empty < 140
 
 
 def test_a_drawing_is_planned_before_it_is_drawn(world):
     """The supervised text is the plan of the very scene that is drawn, after the prompt."""
-    s, image = world.drawings('train', 5, 64, drop=0.0)
-    scenes, r, _ = world.scenes('train', 5, 64)
+    s, image = world.drawings('train', 5, 64, drop=0.)
+    scenes, r, _ = world.scenes('train', 'drawings', 5, 64)
     assert torch.equal(image, r.image)
-    for (objs, _), text, target in zip(scenes, s.text, s.target):
+    for scene, target in zip(scenes, s.target):
         plan = world.text.decode(target[target >= 0].tolist())
-        assert plan == data.caption(objs, 'place', None)
-        assert all(data.CELLS[o.cell] + ' a ' + o.name in plan for o in objs)
+        assert plan == data.caption(scene.objects, 'place', None)
+        for o in scene.objects:
+            assert f'{CELLS[o.cell]} a {o.name}' in plan

@@ -1,6 +1,5 @@
 """What a GPU would do, rehearsed without one: all runs on the device of pretend.py, where no tensor
 can meet one of the CPU."""
-
 import contextlib
 import json
 import shutil
@@ -12,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import leave_out, weights
+from conftest import leave_out, same_bits, weights
 from PIL import Image
 from test_folder import write as write_pictures
 
 import data
 import eval as evaluation
 import model
-import optim
 import sample
 import train
 from experiments import reproduce
@@ -51,7 +49,7 @@ def rehearsal():
 
 def train_there(out, *flags):
     """Train on the device. What is drawn between the stages is drawn again in the evaluation."""
-    with rehearsal(), mock.patch.object(train, 'sample_umm', lambda run: ({}, BLANK)):
+    with rehearsal(), mock.patch.object(train, 'look_at_umm', lambda run: ({}, BLANK)):
         train.main([*THERE, '--out', str(out), *flags])
 
 
@@ -80,12 +78,12 @@ REFUSED = {
     'linear': lambda x, here: F.linear(x, here),
     'cat': lambda x, here: torch.cat([x, here]),
     'stack with a number': lambda x, here: torch.stack([x.sum(), torch.tensor(1.0)]),
-    'where': lambda x, here: torch.where(here > 0, x, 0.0),
+    'where': lambda x, here: torch.where(here > 0, x, 0.),
     'gather': lambda x, here: x.gather(1, here.long()),
     'embedding': lambda x, here: F.embedding(here.long(), x),
     'index of the device': lambda x, here: here[x.long()],
     'write from here': lambda x, here: x.index_put_([torch.tensor([0])], here[0]),
-    'mask from here': lambda x, here: x.masked_fill(here > 0, 0.0),
+    'mask from here': lambda x, here: x.masked_fill(here > 0, 0.),
     'module': lambda x, here: torch.nn.Linear(3, 2)(x),
     'buffer': lambda x, here: torch.nn.BatchNorm1d(3).to('pretend')(here),
     'multinomial': lambda x, here: torch.multinomial(x, 1, generator=OURS),
@@ -151,7 +149,7 @@ def fit_tokenizer(device):
     torch.manual_seed(0)
     tok = model.VQTokenizer(model.Config(size=16, codebook=16, vq_width=8, vq_depth=1)).to(device)
     tok.to(memory_format=torch.channels_last)
-    opts = optim.optimizers(tok, 0.01, 0.01)
+    opts = train.optimizers(tok, .01, .01)
     x = torch.rand(4, 3, 16, 16).to(device)
     for _ in range(3):
         tok.zero_grad()
@@ -201,17 +199,17 @@ def losses(device, text, proxy, **config):
     c = model.Config(size=16, codebook=64, n_layer=2, n_head=2, n_embd=32, **config)
     tok, umm = model.VQTokenizer(c).eval(), model.UMM(c)
     for p in umm.parameters():
-        torch.nn.init.normal_(p, std=0.1)  # untrained, the blocks would do nothing
-    tok, umm = tok.to(device), umm.to(device)
-    run = SimpleNamespace(s=s, device=device, world=world, tok=tok, umm=umm)
+        torch.nn.init.normal_(p, std=.1)    # untrained, the blocks would do nothing
+    networks = dict(tok=tok.to(device), umm=umm.to(device))
+    run = SimpleNamespace(s=s, device=device, world=world, control=train.Control(), **networks)
     out = train.umm_losses(run, 0, 2, 2, 2)
     out['loss'].backward()
-    out['norm'] = torch.nn.utils.clip_grad_norm_(umm.parameters(), 1.0)
+    out['norm'] = torch.nn.utils.clip_grad_norm_(run.umm.parameters(), 1.)
     return {name: v.item() for name, v in out.items()}
 
 
-@pytest.mark.parametrize('proxy', data.PROXIES)
-def test_losses_and_gradients_of_all_proxies(device, world, proxy):
+@pytest.mark.parametrize('proxy', data.MAPS)
+def test_losses_and_gradients_of_all_maps(device, world, proxy):
     other = {'image_input': 'code', 'quantizer': 'fsq'} if proxy == 'recon' else {}
     here = losses(torch.device('cpu'), world.text, proxy, **other)
     assert losses(device, world.text, proxy, **other) == pytest.approx(here, rel=1e-3)
@@ -219,14 +217,14 @@ def test_losses_and_gradients_of_all_proxies(device, world, proxy):
 
 def test_real_pictures(run_there, device, tmp_path, monkeypatch):
     """Evaluated as the procedural world is; here a small network judges the drawings."""
-    monkeypatch.setattr(evaluation, 'reader', partial(evaluation.reader, steps=2, B=8))
+    monkeypatch.setattr(evaluation, 'Reader', partial(evaluation.Reader, steps=2, B=8))
     tok, umm, text, _, _ = model.load(run_there / 'model.safetensors', device)
     root = write_pictures(tmp_path / 'set')
     world = Folder(root, 16, 0, device, text)
     scores = evaluation.evaluate(umm, tok, world, 16)
     assert scores['generation'].keys() == {'mean', 'verifier', 'ceiling', 'other'}
     assert scores['segmentation']['miou']['n'] > 0
-    evaluation.picture(umm, tok, world)
+    sample.picture(umm, tok, world)
 
 
 def test_experiments(run_there, device):
@@ -262,7 +260,7 @@ def test_bfloat16_resumes_to_the_same_bits(run_there, tmp_path, monkeypatch):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     flags = ['--dtype', 'bfloat16', '--init', str(run_there / 'pretrained.safetensors')]
     leave_out(monkeypatch, 'evaluate', 'report')
-    monkeypatch.setattr(evaluation, 'picture', lambda *how: BLANK)
+    monkeypatch.setattr(sample, 'picture', lambda *how: BLANK)
     save, attention, types = train.Run.save, model.attention, set()
 
     def save_and_keep(self, name, stage, step, opts=()):
@@ -279,10 +277,7 @@ def test_bfloat16_resumes_to_the_same_bits(run_there, tmp_path, monkeypatch):
     train_there(whole, *flags)
     train_there(killed, *flags, '--resume')
     assert types == {torch.bfloat16}
-    a = weights(whole / 'model.safetensors')
-    b = weights(killed / 'model.safetensors')
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_bits(whole / 'model.safetensors', killed / 'model.safetensors')
 
 
 def test_a_cpu_measures_the_same(run_there):
@@ -299,6 +294,7 @@ TASKS = {
     'draw': ['a red circle', '--n', '2'],
     'ask': ['photo.png', 'how many objects are there?', '--cfg', '1.5', '--temperature', '1'],
     'segment': ['photo.png'],
+    'reconstruct': ['photo.png'],
 }
 
 

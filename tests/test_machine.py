@@ -1,12 +1,11 @@
 """What a run chooses by measuring the machine: type and threads; how idle threads wait."""
-
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEST, leave_out, weights
+from conftest import ROOT, TEST, leave_out, same_bits, weights
 
 import train
 
@@ -14,7 +13,8 @@ AUTO = ['--preset', 'test', '--device', 'cpu']
 
 
 def tiny_run(tmp_path, *flags):
-    return train.Run(train.parse([*AUTO, '--out', str(tmp_path / 'run'), *flags]), torch.device('cpu'))
+    s = train.parse([*AUTO, '--out', str(tmp_path / 'run'), *flags])
+    return train.Run(s, torch.device('cpu'))
 
 
 def machine(monkeypatch, seconds):
@@ -31,57 +31,68 @@ def machine(monkeypatch, seconds):
     return timed
 
 
-@pytest.mark.parametrize(
-    'one, bf16_two, bf16_one, chosen',
-    [
-        (1.8, 1.5, 9, ('float32', 2)),  # a quiet machine without bfloat16 units
-        (1.8, 0.7, 9, ('bfloat16', 2)),  # with units
-        (0.95, 0.95, 9, ('float32', 2)),  # too near to tell: what another run would choose too
-        (0.5, 9, 0.6, ('float32', 1)),  # another program uses the cores
-        (0.5, 9, 0.3, ('bfloat16', 1)),
-    ],
-)
+# Seconds of float32 on one thread (on two: 1), of bfloat16 on two and on one; what is the fastest
+@pytest.mark.parametrize('one, bf16_two, bf16_one, chosen', [
+    (1.8, 1.5, 9, ('float32', 2)),       # a quiet machine without bfloat16 units
+    (1.8, .7, 9, ('bfloat16', 2)),       # with units
+    (.95, .95, 9, ('float32', 2)),       # too near to tell: what another run would choose too
+    (.5, 9, .6, ('float32', 1)),         # another program uses the cores
+    (.5, 9, .3, ('bfloat16', 1)),
+])
 def test_the_fastest_is_chosen_and_said(tmp_path, monkeypatch, capsys, one, bf16_two, bf16_one, chosen):
-    seconds = {('float32', 2): 1.0, ('float32', 1): one}
-    seconds |= {('bfloat16', 2): bf16_two, ('bfloat16', 1): bf16_one}
+    seconds = {
+        ('float32', 2): 1.,
+        ('float32', 1): one,
+        ('bfloat16', 2): bf16_two,
+        ('bfloat16', 1): bf16_one,
+    }
     timed = machine(monkeypatch, seconds)
     run = tiny_run(tmp_path)
     train.settle(run)
-    assert (run.s.dtype, run.s.threads) == chosen and len(timed) == 3
+    assert (run.s.dtype, run.s.threads) == chosen
+    assert len(timed) == 3
     said = capsys.readouterr().out
     assert f'{chosen[0]}, CPU threads: {chosen[1]} (seconds a step: float32 on 2 1, ' in said
 
 
-@pytest.mark.parametrize(
-    'flags, timed',
-    [
-        (['--dtype', 'bfloat16', '--threads', '2'], []),
-        (['--dtype', 'float32'], [('float32', 2), ('float32', 1)]),
-        (['--threads', '2'], [('float32', 2), ('bfloat16', 2)]),
-    ],
-)
+@pytest.mark.parametrize('flags, timed', [
+    (['--dtype', 'bfloat16', '--threads', '2'], []),
+    (['--dtype', 'float32'], [('float32', 2), ('float32', 1)]),
+    (['--threads', '2'], [('float32', 2), ('bfloat16', 2)]),
+])
 def test_what_is_asked_for_is_not_measured(tmp_path, monkeypatch, flags, timed):
-    times = {(dtype, n): 1.0 for dtype in ('float32', 'bfloat16') for n in (1, 2)}
-    assert machine(monkeypatch, times) == []
-    seen = machine(monkeypatch, times)
+    alike = {(dtype, n): 1. for dtype in ('float32', 'bfloat16') for n in (1, 2)}
+    seen = machine(monkeypatch, alike)
     train.settle(tiny_run(tmp_path, *flags))
     assert seen == timed
 
 
+def tensors_of(run):
+    """Copies of all weights and buffers of both networks."""
+    tensors = train.state_of(run.tok, run.umm)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def test_measuring_changes_nothing(tmp_path):
     run = tiny_run(tmp_path)
-    before = [t.clone() for m in (run.tok, run.umm) for t in m.state_dict().values()]
+    before = tensors_of(run)
     for dtype in ('float32', 'bfloat16'):
         assert 0 < train.seconds_a_step(run, dtype, 1) < 60
-    after = [t for m in (run.tok, run.umm) for t in m.state_dict().values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    after = tensors_of(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in run.umm.parameters())
 
 
 def test_a_step_that_is_far_too_slow_is_timed_once(tmp_path, monkeypatch):
     run, steps = tiny_run(tmp_path), []
     real = train.umm_losses
-    monkeypatch.setattr(train, 'umm_losses', lambda *a, **k: (steps.append(1), real(*a, **k))[1])
+
+    def count(*args, **how):
+        steps.append(1)
+        return real(*args, **how)
+
+    monkeypatch.setattr(train, 'umm_losses', count)
     train.seconds_a_step(run, 'float32', 1, limit=0)
     assert len(steps) == 1
     train.seconds_a_step(run, 'float32', 1)
@@ -90,50 +101,58 @@ def test_a_step_that_is_far_too_slow_is_timed_once(tmp_path, monkeypatch):
 
 def test_a_resumed_run_goes_on_in_what_it_began_with(run_dir, tmp_path, monkeypatch):
     """Begun where bfloat16 was faster, resumed where float32 would be: the same bits as in one go."""
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
     leave_out(monkeypatch, 'evaluate', 'report')
-    whole, cut = ['--out', str(tmp_path / 'whole')], ['--out', str(tmp_path / 'cut')]
-    train.main([*AUTO, *whole, '--dtype', 'bfloat16', '--threads', '1'])
-    bfloat16_wins = lambda run, dtype, threads, limit=0: float(dtype == 'float32')
+    train.main([*AUTO, '--out', str(whole), '--dtype', 'bfloat16', '--threads', '1'])
+
+    def bfloat16_wins(run, dtype, threads, limit=0):
+        return 1. if dtype == 'float32' else 0.
+
     monkeypatch.setattr(train, 'seconds_a_step', bfloat16_wins)
     monkeypatch.setattr(train, 'posttrain', lambda run: sys.exit())
     with pytest.raises(SystemExit):
-        train.main([*AUTO, *cut])
+        train.main([*AUTO, '--out', str(cut)])
     monkeypatch.undo()
     leave_out(monkeypatch, 'evaluate', 'report')
-    monkeypatch.setattr(train, 'seconds_a_step', None)  # nothing is measured again
-    train.main([*AUTO, *cut, '--resume'])
-    a, b = (weights(tmp_path / name / 'model.safetensors') for name in ('whole', 'cut'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    monkeypatch.setattr(train, 'seconds_a_step', None)     # nothing is measured again
+    train.main([*AUTO, '--out', str(cut), '--resume'])
+    assert same_bits(whole / 'model.safetensors', cut / 'model.safetensors')
     exact = weights(run_dir / 'model.safetensors')
-    assert not torch.equal(exact['umm.row'], a['umm.row'])
+    rounded = weights(whole / 'model.safetensors')
+    assert not torch.equal(exact['umm.row'], rounded['umm.row'])
     with pytest.raises(train.UserError, match="dtype is 'float32' here, 'bfloat16' there"):
-        train.main([*TEST, *cut, '--resume'])
+        train.main([*TEST, '--out', str(cut), '--resume'])
 
 
 def test_a_machine_that_becomes_busy_is_said_once(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(train.time, 'perf_counter', lambda: clock[0])
+    now = 0.
+    monkeypatch.setattr(train.time, 'perf_counter', lambda: now)
     pace, said = train.Pace(), []
-    for seconds in (3.0, 1.0, 1.5, 2.6, 2.6):  # the first steps warm up
+    for seconds in (3., 1., 1.5, 2.6, 2.6):                # the first steps warm up
         for _ in range(2):
             pace.start()
-            clock[0] += seconds
+            now += seconds
             pace.stop()
+        assert pace.look() == pytest.approx(seconds)
         said.append(pace.warning(threads=2))
-    assert said[:3] == ['', '', ''] and '2.6 times as long' in said[3] and said[4] == ''
+    assert said[:3] == ['', '', '']
+    assert '2.6 times as long' in said[3]
     assert '--resume --threads 1' in said[3]
+    assert said[4] == ''
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="asks GNU's OpenMP")
-@pytest.mark.parametrize(
-    'given, spins',
-    [({}, "'2000'"), ({'GOMP_SPINCOUNT': '7'}, "'7'"), ({'OMP_WAIT_POLICY': 'passive'}, "'0'")],
-)
+@pytest.mark.parametrize('given, spins', [
+    ({}, "'2000'"),
+    ({'GOMP_SPINCOUNT': '7'}, "'7'"),
+    ({'OMP_WAIT_POLICY': 'passive'}, "'0'"),
+])
 def test_openmp_waits_politely_unless_the_user_says_how(given, spins):
     """OpenMP itself says what it read when torch loaded it."""
-    env = {k: v for k, v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    env = dict(os.environ)
+    env.pop('GOMP_SPINCOUNT', None)
+    env.pop('OMP_WAIT_POLICY', None)
     env |= {'OMP_DISPLAY_ENV': 'VERBOSE', **given}
-    done = subprocess.run(
-        [sys.executable, '-c', 'import data'], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, '-c', 'import data']
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert f'GOMP_SPINCOUNT = {spins}' in done.stderr

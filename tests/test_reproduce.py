@@ -3,16 +3,19 @@
 import hashlib
 import json
 import types
+from concurrent.futures import Future
+from math import sqrt
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import model
 import train
 from data import UserError, World
-from experiments import cosine, report, reproduce
+from experiments import cosine, losses, report, reproduce
 
 
 @pytest.fixture(scope='module')
@@ -21,51 +24,64 @@ def trained(run_dir):
     return umm, tok, World(umm.c.size, 0, 'cpu', text)
 
 
+# ---- probes and attention ----
 def test_ridge_is_least_squares_with_a_penalty():
     g = torch.Generator().manual_seed(0)
-    X, y, X_test = (
-        torch.randn(80, 5, generator=g),
-        torch.randint(3, (80,), generator=g),
-        torch.randn(30, 5),
-    )
-    A = torch.cat([(X - X.mean(0)) / (X.std(0) + 1e-6), torch.ones(80, 1)], 1).double()
-    extra = (1e-2 * 80) ** 0.5 * torch.eye(6, dtype=torch.double)  # ridge = more rows, all zero
-    Y = torch.cat([torch.nn.functional.one_hot(y).double(), torch.zeros(6, 3, dtype=torch.double)])
-    W = torch.linalg.lstsq(torch.cat([A, extra]), Y).solution
-    test = torch.cat([(X_test - X.mean(0)) / (X.std(0) + 1e-6), torch.ones(30, 1)], 1).double()
-    assert torch.equal(reproduce.ridge(X, y, X_test), (test @ W).argmax(-1))
+    X = torch.randn(80, 5, generator=g)
+    y = torch.randint(3, (80,), generator=g)
+    X_test = torch.randn(30, 5, generator=g)
+
+    def prepared(x):
+        standard = (x - X.mean(0)) / (X.std(0) + 1e-6)
+        ones = torch.ones(len(x), 1)
+        return torch.cat([standard, ones], 1).double()
+
+    more = sqrt(1e-2 * 80) * torch.eye(6, dtype=torch.double)  # ridge = more rows, all of them zero
+    zeros = torch.zeros(6, 3, dtype=torch.double)
+    A = torch.cat([prepared(X), more])
+    Y = torch.cat([F.one_hot(y).double(), zeros])
+    W = torch.linalg.lstsq(A, Y).solution
+    want = (prepared(X_test) @ W).argmax(-1)
+    assert torch.equal(reproduce.ridge(X, y, X_test), want)
 
 
 def test_features_are_the_pictures_states_and_labels_the_objects_under_them(trained):
     umm, tok, world = trained
-    X, y = reproduce.features(umm, tok, world, 'val', 7, 12)
-    N = umm.c.grid**2
-    assert X.shape == (umm.c.n_layer + 1, 12 * N, umm.c.n_embd)
-    found, r, _ = world.scenes('val', 7, 12)
+    G, p = umm.c.grid, umm.c.patch
+    X, y = reproduce.features(umm, tok, world, 'val', 12)
+    assert X.shape == (umm.c.n_layer + 1, 12 * G * G, umm.c.n_embd)
+    scenes, r, _ = world.scenes('val', 'probe', 0, 12)
     x = umm.embed_image(r.image)
     x = umm.blocks[0](x, model.norm(x), umm.rope(umm.rc[None]), None, model.KV())
     assert torch.allclose(X[1], x.flatten(0, 1), atol=1e-5)
-    p, seen = umm.c.patch, 0
-    for b, (objs, _) in enumerate(found):
-        for i in range(N):
-            row, col = i // umm.c.grid * p, i % umm.c.grid * p
-            inside = r.instance[b, row : row + p, col : col + p].flatten().tolist()
-            slot = max(set(inside), key=inside.count)
-            if inside.count(slot) > p * p / 2:
-                o = objs[slot - 1] if slot else None
-                assert y['object'][b * N + i] == (slot > 0)
-                assert y['shape'][b * N + i] == (data.SHAPES.index(o.shape) if o else -1)
-                assert y['colour'][b * N + i] == (list(data.COLOURS).index(o.colour) if o else -1)
-                seen += slot > 0
+    seen = 0
+    for place in range(12 * G * G):
+        b, i = divmod(place, G * G)
+        row, column = i // G * p, i % G * p
+        inside = r.instance[b, row:row + p, column:column + p].flatten().tolist()
+        k = max(set(inside), key=inside.count)
+        if inside.count(k) <= p * p / 2:
+            continue
+        shape = colour = depth = -1
+        if k > 0:
+            o = scenes[b].objects[k - 1]
+            shape, colour = data.SHAPES.index(o.shape), list(data.COLOURS).index(o.colour)
+            depth = o.z > 0.5
+            seen += 1
+        assert y['object'][place] == (k > 0)
+        assert y['shape'][place] == shape
+        assert y['colour'][place] == colour
+        assert y['depth'][place] == depth
     assert seen > 20
 
 
 def test_probe_reports_every_layer_and_what_it_can_memorise(trained):
     umm, tok, world = trained
-    out = reproduce.probe(umm, tok, world, 60)
-    assert all(len(v) == umm.c.n_layer + 1 for v in out.values())
-    assert {'shape', 'colour', 'depth', 'object', 'control', 'circle/ring'} <= out.keys()
-    assert 0.2 < min(out['control']) and max(out['colour']) > 0.6
+    scores = reproduce.probe(umm, tok, world, 60)
+    assert all(len(layers) == umm.c.n_layer + 1 for layers in scores.values())
+    assert {'shape', 'colour', 'depth', 'object', 'control', 'circle/ring'} <= scores.keys()
+    assert min(scores['control']) > 0.2
+    assert max(scores['colour']) > 0.6
 
 
 def test_recorded_attention_is_what_the_model_computed(trained):
@@ -76,178 +92,281 @@ def test_recorded_attention_is_what_the_model_computed(trained):
         assert torch.equal(umm.hidden(s), plain)
     assert len(kept) == 2 * umm.c.n_layer  # the picture, then the text, in every layer
     assert all(torch.allclose(w.sum(-1), torch.ones(())) for w in kept)
-    assert torch.equal(umm.hidden(s), plain) and len(kept) == 2 * umm.c.n_layer
+    assert torch.equal(umm.hidden(s), plain)
+    assert len(kept) == 2 * umm.c.n_layer
 
 
 def test_attention_shares_sum_to_one(trained):
     shares = reproduce.attention_shares(*trained, n=16)
     whole = np.array(shares['picture']) + np.array(shares['text'])
     assert np.allclose(whole, 1, atol=1e-4)
-    assert all(0 <= a <= p for a, p in zip(shares['asked object'], shares['picture']))
-    drawn = sum(np.array(v) for k, v in shares.items() if k.startswith('draw: '))
-    assert np.allclose(drawn, 1, atol=1e-4)
+    for on_object, on_picture in zip(shares['asked object'], shares['picture']):
+        assert 0 <= on_object <= on_picture
+    kinds = [np.array(layers) for name, layers in shares.items() if name.startswith('draw: ')]
+    assert len(kinds) == 4
+    assert np.allclose(sum(kinds), 1, atol=1e-4)
 
 
 def test_words_and_tokens_line_up(trained):
     text = trained[2].text
-    for line in (
+    lines = (
         'a red circle, a blue ring and a green cross',
         'top left a red circle, bottom right a ring',
-    ):
-        assert [t for w in line.split() for t in text.encode(w)] == text.encode(line)
+    )
+    for line in lines:
+        tokens = text.encode(line)
+        by_word = [token for word in line.split() for token in text.encode(word)]
+        assert by_word == tokens
         kinds = reproduce.buckets(text, line)
-        assert len(kinds) == len(text.encode(line))
-        assert all((k == 'other') >= (text.decode([t]) == ',') for k, t in zip(kinds, text.encode(line)))
-    assert [reproduce.bucket(w) for w in 'top red ring, squares with'.split()] == [
-        'position',
-        'colour',
-        'object',
-        'object',
-        'other',
-    ]
+        assert len(kinds) == len(tokens)
+        for kind, token in zip(kinds, tokens):
+            if text.decode([token]) == ',':
+                assert kind == 'other'
+    words = 'top red ring, squares with'.split()
+    kinds = [reproduce.bucket(word) for word in words]
+    assert kinds == ['position', 'colour', 'object', 'object', 'other']
 
 
+# ---- statistics ----
 def test_statistics_against_known_values():
     for df, want in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262)):
         assert report.t_quantile(0.975, df) == pytest.approx(want, abs=2e-3)
         assert report.t_below(want, df) == pytest.approx(0.975, abs=1e-4)
     e = report.paired([1.0, 2.0, 3.0])  # mean 2, standard error 1 / sqrt(3)
-    assert (e['low'], e['high']) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
+    assert e['low'] == pytest.approx(2 - 4.303 / sqrt(3), abs=1e-3)
+    assert e['high'] == pytest.approx(2 + 4.303 / sqrt(3), abs=1e-3)
     assert e['p'] == pytest.approx(0.0742, abs=1e-3)
     assert report.holm([0.01, 0.04, 0.03, None]) == [True, False, False, False]
 
 
-@pytest.mark.parametrize(
-    'low, high, no_change, want',
-    [
-        (0.01, 0.05, False, 'reproduced'),
-        (-0.05, -0.01, False, 'opposite'),
-        (-0.01, 0.01, False, 'not reproduced'),
-        (-0.01, 0.05, False, 'undecided'),
-        (-0.01, 0.01, True, 'reproduced'),
-        (0.03, 0.05, True, 'not reproduced'),
-        (-0.01, 0.05, True, 'undecided'),
-        (None, None, False, 'undecided'),
-    ],
-)
+VERDICTS = [  # low, high, does the paper say that nothing moves?, verdict
+    (0.01, 0.05, False, 'reproduced'),
+    (-0.05, -0.01, False, 'opposite'),
+    (-0.01, 0.01, False, 'not reproduced'),
+    (-0.01, 0.05, False, 'undecided'),
+    (-0.01, 0.01, True, 'reproduced'),
+    (0.03, 0.05, True, 'not reproduced'),
+    (-0.05, -0.03, True, 'not reproduced'),
+    (-0.01, 0.05, True, 'undecided'),
+    (None, None, False, 'undecided'),
+]
+
+
+@pytest.mark.parametrize('low, high, no_change, want', VERDICTS)
 def test_verdicts_follow_the_rule(low, high, no_change, want):
     assert report.verdict({'low': low, 'high': high}, no_change) == want
 
 
-def plan(tmp_path, **how):
-    a = dict(
-        out=tmp_path,
-        preset='test',
-        data='',
-        skip_bad=False,
-        steps=0,
-        device='cpu',
-        threads=1,
-        n=16,
-        jobs=1,
-        seeds=1,
-    )
-    return types.SimpleNamespace(**a | how)
+def result_of(mean, reason=0.5):
+    """As in result.json, of an arm with these accuracies."""
+    understanding = {'mean': {'value': mean}, 'reason': {'value': reason}}
+    return {'scores': {'understanding': understanding}, 'log': [], 'steps': 4}
+
+
+def test_a_claim_of_no_change_is_no_difference_that_survives():
+    found = {'sft': {}, 'seg': {}}
+    for seed in range(3):
+        found['sft'][seed] = result_of(0.5 + seed / 100)
+        found['seg'][seed] = result_of(0.7 + seed / 99, 0.6 + seed / 1000)
+    rows = report.claims_of(found)
+    assert [row['no_change'] for row in rows] == [False, True]
+    assert [row['verdict'] for row in rows] == ['reproduced', 'not reproduced']
+    assert [row['survives_holm'] for row in rows] == [True, False]
+    assert [row['paper'] == '0' for row in rows] == [False, True]
+
+
+# ---- arms ----
+def plan(out, **changed):
+    """The arguments of a small plan."""
+    a = dict(out=out, preset='test', data='', skip_bad=False, steps=0, device='cpu', threads=1, n=16)
+    a |= dict(jobs=1, seeds=1)
+    return types.SimpleNamespace(**a | changed)
+
+
+class Hashed(reproduce.Limited):
+    """Notes what an arm is given in training, as hashes."""
+
+    arm = ''
+    seen = {}  # {arm: {kind: hash of all tensors so far}}
+
+    def note(self, kind, *tensors):
+        kinds = self.seen.setdefault(self.arm, {})
+        so_far = kinds.setdefault(kind, hashlib.sha256())
+        for t in tensors:
+            if t is not None:
+                so_far.update(t.numpy().tobytes())
+
+    def questions(self, split, *where, **how):
+        s, kinds = super().questions(split, *where, **how)
+        if split == 'train':
+            self.note('questions', s.text, s.turn, s.target, s.image)
+        return s, kinds
+
+    def drawings(self, split, *where, **how):
+        s, target = self.world.drawings(split, *where, **how)
+        self.note('drawings', s.text, s.turn, s.target)
+        return s, target
+
+    def maps_to_draw(self, split, *where, **how):
+        s, target, r = super().maps_to_draw(split, *where, **how)
+        if split == 'train':
+            self.note('pictures', r.image)
+            self.note('targets', target)
+        return s, target, r
 
 
 @pytest.fixture(scope='module')
 def arms(tmp_path_factory):
-    """A base, sft and seg, and a hash of everything that the world gave each arm."""
-    out, seen = tmp_path_factory.mktemp('plan'), {}
-    given = reproduce.Limited
+    """The folder of a base and four arms, and {arm: {kind: hash of all that the world gave it}}."""
+    out = tmp_path_factory.mktemp('plan')
+    measure, kept = reproduce.measure, []
 
-    class Hashed(given):
-        def note(self, kind, found, text=True):
-            for t in [x for x in vars(found).values() if isinstance(x, torch.Tensor)][
-                : None if text else 0
-            ]:
-                seen[self.arm].setdefault(kind, hashlib.sha256()).update(t.numpy().tobytes())
-
-        def questions(self, split, *args, **how):
-            found = super().questions(split, *args, **how)
-            if split == 'train':
-                self.note('questions', found[0])
-            return found
-
-        def drawings(self, split, *args, **how):
-            found = super().drawings(split, *args, **how)
-            self.note('drawings', found[0])
-            return found
-
-        def proxies(self, split, index, B, name):
-            found = super().proxies(split, index, B, name)
-            if split == 'train':
-                for kind, t in (('pictures', found[2].image), ('targets', found[1])):
-                    seen[self.arm].setdefault(kind, hashlib.sha256()).update(t.numpy().tobytes())
-            return found
+    def measured_twice(run, n):  # the other arms borrow the last scores: this is about training
+        if len(kept) < 2:
+            kept.append(measure(run, n))
+        return kept[-1]
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(reproduce, 'Limited', Hashed)
-        real, kept = reproduce.measure, []
-
-        def measured_twice(run, n):  # the other arms borrow the last scores: this is about training
-            if len(kept) < 2:
-                kept.append(real(run, n))
-            return kept[-1]
-
         m.setattr(reproduce, 'measure', measured_twice)
         for arm in ('base', 'sft', 'seg', 'edge', 'shuffled'):
-            Hashed.arm, seen[arm] = arm, {}
+            Hashed.arm = arm
             reproduce.work(plan(out), 0, arm)
-    return out, {arm: {k: h.hexdigest() for k, h in kinds.items()} for arm, kinds in seen.items()}
+    seen = {}
+    for arm, kinds in Hashed.seen.items():
+        seen[arm] = {kind: so_far.hexdigest() for kind, so_far in kinds.items()}
+    return out, seen
 
 
 def test_arms_differ_in_nothing_but_the_target(arms):
     _, seen = arms
+    assert seen['sft'].keys() == {'questions', 'drawings'}
     for arm in ('edge', 'seg', 'shuffled'):
         assert seen[arm]['questions'] == seen['sft']['questions']
         assert seen[arm]['drawings'] == seen['sft']['drawings']
         assert seen[arm]['pictures'] == seen['seg']['pictures']
-    assert seen['edge']['targets'] != seen['seg']['targets'] and 'targets' not in seen['sft']
+    assert seen['edge']['targets'] != seen['seg']['targets']
+
+
+def test_a_result_says_what_it_was_made_with(arms):
+    out, _ = arms
+    result = json.loads((out / 'seed0' / 'seg' / 'result.json').read_text())
+    assert result['plan'] == ['test', 16, reproduce.RECIPE, '', 0]
+    assert result['threads'] == 1
+    assert result['commit'] == reproduce.commit()
+    assert len(result['commit']) in (0, 40)  # none in a copy without its history
+
+
+def test_controls_change_the_maps_alone():
+    maps = torch.arange(4)
+    arms = reproduce.ARMS
+    assert arms['shuffled'].control.change_target(maps).tolist() == [3, 0, 1, 2]
+    assert arms['seg'].control.change_target(maps) is maps
+    assert arms['frozen'].control.frozen
+    assert not arms['seg'].control.frozen
+    # as much of both in all: maps in the first half, then questions, the late ones in the last quarter
+    amounts = [arms['first'].control.amounts(step, 8) for step in range(8)]
+    assert amounts == [(0, 2, False)] * 4 + [(2, 0, False)] * 2 + [(2, 0, True)] * 2
 
 
 def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypatch, capsys):
     out, _ = arms
     monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', None)  # fails if anything is left to run
     monkeypatch.setattr(report, 'figures', lambda *a: None)
-    results = {p: p.read_bytes() for p in out.glob('seed*/*/result.json')}
+    results = {path: path.read_bytes() for path in out.glob('seed*/*/result.json')}
     assert len(results) == 5
+    assert reproduce.execute(plan(out), ['sft', 'seg', 'edge', 'shuffled']) == []
+    with pytest.raises(UserError, match='another --preset, --n'):
+        reproduce.execute(plan(out, n=17), ['seg'])
     tables = []
     for _ in range(2):
         report.report(out)
         tables.append((out / 'report.md').read_text())
-    assert tables[0] == tables[1] and 'segmentation beats edges' in tables[0]
-    assert '# Probe, last layer' in tables[0] and 'circle/ring' in tables[0]
+    assert tables[0] == tables[1]
+    assert 'segmentation beats edges' in tables[0]
+    assert '# Probe, last layer' in tables[0]
+    assert 'circle/ring' in tables[0]
     claims = json.loads((out / 'claims.json').read_text())
     keys = {'claim', 'effect', 'low', 'high', 'seeds', 'paper', 'verdict'}
-    assert claims and all(keys <= c.keys() for c in claims)
-    assert results == {p: p.read_bytes() for p in out.glob('seed*/*/result.json')}
+    assert claims
+    assert all(keys <= claim.keys() for claim in claims)
+    for path, before in results.items():
+        assert path.read_bytes() == before
+    assert len(list(out.glob('seed*/*/result.json'))) == 5
+
+
+class OneByOne:
+    """Stands in for ProcessPoolExecutor: does the work at once, here."""
+
+    def __init__(self, *how):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, work, a, seed, name):
+        future = Future()
+        try:
+            future.set_result(work(a, seed, name))
+        except RuntimeError as e:
+            future.set_exception(e)
+        return future
+
+
+def test_bases_come_first_and_what_fails_stops_nothing_else(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def work(a, seed, name):
+        if (seed, name) in ((0, 'base-code'), (1, 'sft')):
+            raise RuntimeError('no')
+        folder = a.out / f'seed{seed}' / name
+        folder.mkdir(parents=True)
+        (folder / 'result.json').write_text(json.dumps({'plan': reproduce.plan_of(a)}))
+        done.append((seed, name))
+
+    monkeypatch.setattr(reproduce, 'work', work)
+    monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', OneByOne)
+    a = plan(tmp_path, seeds=2)
+    failed = reproduce.execute(a, ['sft', 'sft-code'])
+    assert failed == ['seed 0 base-code: no', 'seed 1 sft: no']
+    assert done[:3] == [(0, 'base'), (1, 'base'), (1, 'base-code')]
+    assert sorted(done[3:]) == [(0, 'sft'), (1, 'sft-code')]
+    # the same command again does the rest alone
+    failed = reproduce.execute(a, ['sft', 'sft-code'])
+    assert failed == ['seed 0 base-code: no', 'seed 1 sft: no']
+    assert len(done) == 5
+    assert '3 runs to do' in capsys.readouterr().out  # a base, its arm, and the other arm
 
 
 def test_cosine_of_gradients(arms, monkeypatch, capsys):
     """Against autograd.grad of the summed loss; with themselves the questions' gradients agree fully."""
-    monkeypatch.setattr(cosine, 'BATCHES', 2), monkeypatch.setattr(cosine, 'PICTURES', 4)
+    out, _ = arms
     runs, real = [], train.umm_losses
-    monkeypatch.setattr(
-        train, 'umm_losses', lambda run, step, *how: (runs.append(run), real(run, step % 2, *how))[1]
-    )
-    got = cosine.cosines(arms[0] / 'seed0' / 'base' / 'pretrained.safetensors')
-    assert got.keys() == {'questions', *reproduce.PROXY_ARMS} and got['questions'] == pytest.approx(
-        [1, 1], abs=1e-5
-    )
+
+    def of_two_steps(run, step, *how):
+        runs.append(run)
+        return real(run, step % 2, *how)
+
+    monkeypatch.setattr(cosine, 'BATCHES', 2)
+    monkeypatch.setattr(cosine, 'PICTURES', 4)
+    monkeypatch.setattr(train, 'umm_losses', of_two_steps)
+    got = cosine.cosines(out / 'seed0' / 'base' / 'pretrained.safetensors')
+    assert got.keys() == {'questions', *reproduce.MAP_ARMS}
+    assert got['questions'] == pytest.approx([1, 1], abs=1e-5)
     run = runs[-1]
-    run.s.proxy, parts = 'edge', list(run.umm.blocks.parameters())
-    a, b = (
-        torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(real(run, 0, *n)['loss'] + real(run, 1, *n)['loss'], parts)
-            ]
-        )
-        for n in ((4, 0, 0), (0, 0, 4))
-    )
-    assert got['edge'][-1] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-5)
-    cosine.main(arms[0])
+    run.s.proxy = 'edge'
+    weights = list(run.umm.blocks.parameters())
+
+    def gradient(ask, maps):
+        loss = real(run, 0, ask, 0, maps)['loss'] + real(run, 1, ask, 0, maps)['loss']
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    want = F.cosine_similarity(gradient(4, 0), gradient(0, 4), 0).item()
+    assert got['edge'][-1] == pytest.approx(want, abs=1e-5)
+    cosine.main(out)
     assert '| edge |' in capsys.readouterr().out
 
 
@@ -256,7 +375,7 @@ def test_a_killed_arm_resumes_to_the_same_scores(arms, tmp_path):
     out, _ = arms
     (tmp_path / 'seed0').mkdir()
     (tmp_path / 'seed0' / 'base').symlink_to(out / 'seed0' / 'base')
-    a, save = plan(tmp_path), train.Run.save
+    save = train.Run.save
 
     def die(run, name, stage, step, opts=()):
         save(run, name, stage, step, opts)
@@ -266,63 +385,101 @@ def test_a_killed_arm_resumes_to_the_same_scores(arms, tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train.Run, 'save', die)
         with pytest.raises(KeyboardInterrupt):
-            reproduce.work(a, 0, 'seg')
+            reproduce.work(plan(tmp_path), 0, 'seg')
     assert not (tmp_path / 'seed0' / 'seg' / 'result.json').exists()
-    reproduce.work(a, 0, 'seg')
-    want, got = (json.loads((f / 'seed0' / 'seg' / 'result.json').read_text()) for f in (out, tmp_path))
-    assert want['scores'] == got['scores'] and want['log'] == got['log']
+    reproduce.work(plan(tmp_path), 0, 'seg')
+    want = json.loads((out / 'seed0' / 'seg' / 'result.json').read_text())
+    got = json.loads((tmp_path / 'seed0' / 'seg' / 'result.json').read_text())
+    assert want['scores'] == got['scores']
+    assert want['log'] == got['log']
 
 
+def test_limited_worlds_repeat_their_first_pictures():
+    world = World(16)
+    limited = reproduce.Limited(world, 11, 4)  # of 11 pictures in batches of 4 there are 8
+    images = []
+    for index in range(5):
+        _, _, r = limited.maps_to_draw('train', index, 4, 'seg')
+        images.append(r.image)
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], images[3])
+    assert not torch.equal(images[0], images[1])
+    _, _, r = world.maps_to_draw('train', 0, 4, 'seg')
+    assert torch.equal(images[0], r.image)
+    first, _ = limited.questions('train', 0, 4, 2)
+    second, _ = limited.questions('train', 1, 4, 2)
+    assert torch.equal(first.text, second.text)
+    # other splits and what has no limit are as they were, and so is all else
+    endless = reproduce.Limited(world, 0, 0)
+    for split, other in (('val', limited), ('train', endless)):
+        want, _ = world.questions(split, 7, 4, 2)
+        got, _ = other.questions(split, 7, 4, 2)
+        assert torch.equal(got.text, want.text)
+    assert limited.text is world.text
+
+
+# ---- figures and the command line ----
 def test_sweeps_name_real_arms_and_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib').use('Agg')
-    arms = {arm for panel in report.SWEEPS.values() for arm in panel.values()}
-    assert (
-        arms <= reproduce.ARMS.keys() and {report.baseline(arm) for arm in arms} <= reproduce.ARMS.keys()
-    )
-    at = lambda x: {'scores': {'understanding': {'mean': {'value': x}}}}
-    drawn = []  # a panel shows the seeds that all its arms have
-    real = report.difference
-    monkeypatch.setattr(report, 'difference', lambda *a: drawn.append(real(*a)) or drawn[-1])
-    found = {'sft': {0: at(0.5), 1: at(0.6)}, 'seg': {0: at(0.7), 1: at(0.7)}, 'ratio-1': {1: at(0.6)}}
+    for panel in report.SWEEPS.values():
+        for arm in panel.values():
+            assert arm in reproduce.ARMS
+            assert report.baseline(arm) in reproduce.ARMS
+    for claim in report.CLAIMS:
+        assert {claim.arm, claim.other} <= reproduce.ARMS.keys()
+    assert report.INK.keys() <= reproduce.ARMS.keys()
+    assert report.INK.keys() == report.MARK.keys()
+    drawn, real = [], report.difference  # a panel shows the seeds that all its arms have
+
+    def difference(*which):
+        drawn.append(real(*which))
+        return drawn[-1]
+
+    monkeypatch.setattr(report, 'difference', difference)
+    found = {
+        'sft': {0: result_of(0.5), 1: result_of(0.6)},
+        'seg': {0: result_of(0.7), 1: result_of(0.7)},
+        'ratio-1': {1: result_of(0.6)},
+    }
     report.sweeps(tmp_path, found)
     assert [e['n'] for e in drawn] == [1, 1, 1]
     assert (tmp_path / 'sweeps.png').stat().st_size > 1000
 
 
-def test_limited_worlds_repeat_their_first_pictures():
-    world = World(16)
-    world.__class__ = type('LimitedWorld', (reproduce.Limited, World), {})
-    world.pictures, world.questions_ = 8, 4
-    images = [world.proxies('train', 3 * i + 2, 4, 'seg')[2].image for i in range(5)]
-    assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
-    assert torch.equal(images[0], World(16).proxies('train', 2, 4, 'seg')[2].image)
-    asked = [world.questions('train', 3 * i, 4, 2)[0].text for i in range(2)]
-    assert torch.equal(*asked)
+def test_figures_of_finished_arms_are_drawn(arms):
+    pytest.importorskip('matplotlib').use('Agg')
+    out, _ = arms
+    report.figures(out, report.collect(out))
+    for name in ('gains', 'generation', 'convergence', 'projection', 'probe', 'attention'):
+        assert (out / f'{name}.png').stat().st_size > 1000
+
+
+def test_losses_are_drawn_beside_a_guess(run_dir, tmp_path):
+    pytest.importorskip('matplotlib')
+    for name in ('model.safetensors', 'log.jsonl'):
+        (tmp_path / name).symlink_to(run_dir / name)
+    losses.losses(tmp_path)
+    assert (tmp_path / 'losses.png').stat().st_size > 1000
+    lines = losses.read_log(run_dir / 'log.jsonl')
+    steps = [step for step, _ in losses.points_of(lines, 'text', 6)]
+    assert steps == [2, 4, 6, 8, 10, 12]  # pretraining, then post-training
+    (tmp_path / 'log.jsonl').unlink()
+    (tmp_path / 'log.jsonl').write_text('')
+    with pytest.raises(UserError, match='holds no losses'):
+        losses.losses(tmp_path)
 
 
 def test_unknown_arms_and_empty_folders_are_named(tmp_path):
     with pytest.raises(UserError, match='sge'):
         reproduce.main(['--arms', 'sge'])
+    with pytest.raises(UserError, match='multiple of 200'):
+        reproduce.main(['--steps', '300'])
     with pytest.raises(UserError, match='no finished arm'):
         report.report(tmp_path)
     for seed in (0, 1):
-        (folder := tmp_path / f'seed{seed}' / 'seg').mkdir(parents=True)
-        r = {'arm': 'seg', 'seed': seed, 'plan': [seed], 'scores': {'understanding': {}}}
-        (folder / 'result.json').write_text(json.dumps(r))
+        folder = tmp_path / f'seed{seed}' / 'seg'
+        folder.mkdir(parents=True)
+        result = {'arm': 'seg', 'seed': seed, 'plan': [seed], 'scores': {'understanding': {}}}
+        (folder / 'result.json').write_text(json.dumps(result))
     with pytest.raises(UserError, match='mixes seg'):
         report.report(tmp_path)
-
-
-def test_a_claim_of_no_change_is_no_difference_that_survives():
-    run = lambda mean, reason: {
-        'scores': {'understanding': {'mean': {'value': mean}, 'reason': {'value': reason}}},
-        'log': [],
-        'steps': 4,
-    }
-    found = {
-        'sft': {seed: run(0.5 + seed / 100, 0.5) for seed in range(3)},
-        'seg': {seed: run(0.7 + seed / 99, 0.6 + seed / 1000) for seed in range(3)},
-    }
-    rows = {r['paper'] == '0': r for r in report.claims_of(found)}
-    assert (rows[True]['verdict'], rows[True]['survives_holm']) == ('not reproduced', False)
-    assert (rows[False]['verdict'], rows[False]['survives_holm']) == ('reproduced', True)

@@ -1,55 +1,85 @@
 """Settings and failures of train.py: every flag, impossible values, lost or hostile files, NaN."""
-
-import dataclasses
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from conftest import TEST, leave_out, weights
 
 import data
+import eval as evaluation
 import model
 import train
 from data import UserError
+
+FLAGS = [f for f in fields(train.Settings) if f.metadata]
+NUMBERS = [f for f in FLAGS if type(f.default) in (int, float)]
+CHOICES = [f for f in FLAGS if f.metadata['one_of']]
 
 
 def test_every_setting_is_a_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as e:
         train.parse(['-h'])
-    text = ' '.join(capsys.readouterr().out.split())
     assert e.value.code == 0
-    for f in dataclasses.fields(train.Settings):
-        assert f'--{f.name} ' in text and f'(default {f.default!r})' in text, f.name
+    text = ' '.join(capsys.readouterr().out.split())
+    assert len(FLAGS) == len(fields(train.Settings)) - 1               # all but vocab
+    for f in FLAGS:
+        assert f'--{f.name} ' in text, f.name
+        assert f'(default {f.default!r})' in text, f.name
         if isinstance(f.default, bool):
-            assert getattr(train.parse(['--preset', 'cpu', f'--{f.name}']), f.name) is True
-            assert getattr(train.parse(['--preset', 'cpu', f'--no-{f.name}']), f.name) is False
+            for flag, value in ((f'--{f.name}', True), (f'--no-{f.name}', False)):
+                assert getattr(train.parse([flag]), f.name) is value
+        else:
+            assert f'--{f.name} {type(f.default).__name__}' in text, f.name
     assert train.parse(['--preset', 'test', '--n_layer', '3']).n_layer == 3
+    assert train.parse(['--preset', 'test', '--n-layer', '3']).n_layer == 3
 
 
-@pytest.mark.parametrize(
-    'flags,named',
-    [
-        (['--proxy', 'sge'], 'sge'),
-        (['--quantizer', 'lfq'], 'lfq'),
-        (['--image_input', 'x'], 'image_input'),
-        (['--preset', 'tpu'], 'tpu'),
-        (['--tok_steps', '0'], 'tok_steps'),
-        (['--lr', 'nan'], 'lr'),
-        (['--lr', '-1'], 'lr'),
-        (['--size', '30'], '--size is 30'),
-        (['--n_embd', '50'], 'n_embd'),
-        (['--drop', '2'], 'drop'),
-        (['--seed', '-1'], 'seed'),
-        (['--seed', str(2**64)], 'seed'),
-        (['--device', 'tpu'], 'tpu'),
-        (['--codebook', '100', '--quantizer', 'fsq'], '100'),
-    ],
-)
-def test_impossible_settings_are_named(tmp_path, monkeypatch, flags, named):
+@pytest.mark.parametrize('flags, message', [
+    (['--proxy', 'sge'], "--proxy is 'sge': choose one of seg, instance, "),
+    (['--quantizer', 'lfq'], "--quantizer is 'lfq': choose one of vq, fsq"),
+    (['--image_input', 'x'], "--image_input is 'x': choose one of patch, code"),
+    (['--until', 'x'], "--until is 'x': choose one of tokenizer, pretrain, posttrain"),
+    (['--preset', 'tpu'], "--preset is 'tpu': choose one of cpu, gpu, test"),
+    (['--tok_steps', '0'], '--tok_steps is 0: it must be from 1 to'),
+    (['--lr', 'nan'], '--lr is nan: it must be from'),
+    (['--lr', '-1'], '--lr is -1.0: it must be from'),
+    (['--size', '30'], '--size is 30: it must be a multiple of 4'),
+    (['--n_embd', '50'], '--n_embd is 50: it must be a multiple of 12'),
+    (['--drop', '2'], '--drop is 2.0: it must be from 0 to 1'),
+    (['--seed', '-1'], '--seed is -1: it must be from 0 to'),
+    (['--seed', str(2**64)], '--seed is 18446744073709551616: it must be from 0 to'),
+    (['--device', 'tpu'], "--device is 'tpu', but this machine has"),
+    (['--codebook', '100', '--quantizer', 'fsq'], '--codebook is 100: it must be a power of 2 for fsq'),
+    (['--ratio', '.1'], '--ratio is 0.1: it must be such that a step has 2 maps'),
+])
+def test_impossible_settings_are_named(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         train.main(flags)
-    assert not list(tmp_path.iterdir())  # nothing was written
+    assert not list(tmp_path.iterdir())                    # nothing was written
+
+
+@pytest.mark.parametrize('f', NUMBERS, ids=lambda f: f.name)
+def test_a_number_out_of_its_bounds_is_named(f):
+    least, most = f.metadata['least'], f.metadata['most']
+    assert least <= f.default <= most
+    for value in (least - 1, most + 1 + most // 2):        # a float of 2^62 has no ones
+        with pytest.raises(UserError, match=f'--{f.name} is .*: it must be from {least} to {most}'):
+            train.parse([f'--{f.name}', str(value)])
+
+
+@pytest.mark.parametrize('f', CHOICES, ids=lambda f: f.name)
+def test_a_choice_that_is_none_is_named(f):
+    first, *_ = f.metadata['one_of']
+    assert f.default in f.metadata['one_of']
+    with pytest.raises(UserError, match=f"--{f.name} is 'x': choose one of {first}, "):
+        train.parse([f'--{f.name}', 'x'])
+
+
+def test_all_presets_are_possible():
+    for preset in train.PRESETS:
+        assert train.parse(['--preset', preset]).out == f'out/{preset}'
 
 
 def test_a_run_is_never_lost_by_accident(run_dir):
@@ -68,10 +98,14 @@ def test_resume_without_a_run(tmp_path):
 
 def test_unwritable_run_folder(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
+    out = tmp_path / 'file' / 'run'
     with pytest.raises(SystemExit) as e:
-        data.guard(lambda: train.main([*TEST, '--out', str(tmp_path / 'file' / 'run')]))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count('\n') == 1 and 'file/run' in err and '--out' in err
+        data.guard(lambda: train.main([*TEST, '--out', str(out)]))
+    assert e.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert 'file/run' in error
+    assert '--out' in error
 
 
 def test_a_bug_says_that_it_is_one(capsys):
@@ -81,21 +115,20 @@ def test_a_bug_says_that_it_is_one(capsys):
 
 
 def test_nan_stops_at_once_with_the_step(tmp_path):
+    wild = ['--lr', '1e18', '--muon_lr', '1e18', '--tok_lr', '1e18']
     with pytest.raises(UserError, match='step [0-9]+: gradient is not finite'):
-        wild = '--lr 1e18 --muon_lr 1e18 --tok_lr 1e18'.split()
         train.main([*TEST, '--out', str(tmp_path / 'run'), *wild])
 
 
 def test_a_loss_above_a_guess_and_a_collapsed_codebook_warn(tmp_path, capsys, monkeypatch):
     leave_out(monkeypatch, 'evaluate', 'report')
-    monkeypatch.setattr(train.evaluation, 'tokenizer', lambda *a: {'used': 0.1})
-    train.main([*TEST, '--out', str(tmp_path / 'run'), '--lr', '1', '--muon_lr', '1', '--clip', '1e6'])
+    monkeypatch.setattr(evaluation, 'tokenizer', lambda *args: {'used': .1})
+    wild = ['--lr', '1', '--muon_lr', '1', '--clip', '1e6']
+    train.main([*TEST, '--out', str(tmp_path / 'run'), *wild])
     said = capsys.readouterr().out
-    assert (
-        'worse than a uniform guess' in said
-        and 'codebook has collapsed' in said
-        and 'a uniform guess: 6.24 nats a text token, 4.16 a code' in said
-    )
+    assert 'worse than a uniform guess' in said
+    assert 'codebook has collapsed' in said
+    assert 'a uniform guess: 6.24 nats a text token, 4.16 a code' in said
 
 
 def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
@@ -104,47 +137,76 @@ def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
     model.save(path, tensors, {'a': 1})
     before = path.read_bytes()
 
-    def full(*args, **kw):
+    def full(*args, **how):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(model.os, 'fsync', full)
     with pytest.raises(UserError, match='No space left'):
         model.save(path, tensors, {'a': 2})
-    assert path.read_bytes() == before and not list(tmp_path.glob('*.part'))
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob('*.part'))
 
 
-def test_hostile_checkpoints_give_one_clear_line(run_dir, tmp_path):
+# ---- a checkpoint may be cut off, or written by a stranger ----
+def test_a_checkpoint_that_is_cut_off_is_one_clear_line(run_dir, tmp_path):
     good = (run_dir / 'model.safetensors').read_bytes()
-    tensors, path = weights(run_dir / 'model.safetensors'), tmp_path / 'bad.safetensors'
-    for n in (0, 7, 8, 100, *range(1024, len(good), 1024), len(good) - 1):
+    path = tmp_path / 'bad.safetensors'
+    lengths = [0, 7, 8, 100, *range(1024, len(good), 1024), len(good) - 1]
+    for n in lengths:
         path.write_bytes(good[:n])
         with pytest.raises(UserError, match='not a whole nanoUMM checkpoint'):
             model.load(path)
-    meta = model.load(run_dir / 'model.safetensors')[4]
-    for change, message in (
-        ({'n_embd': 10**12}, 'impossible'),
-        ({'n_layer': 2}, 'missing'),
-        ({'vocab': 9}, 'impossible'),
-        ({'n_embd': 64}, 'misshapen'),
-        ({'size': '16'}, 'impossible'),
-        ({'vq_depth': 10**5}, 'impossible'),
-        ({'vq_width': 12}, 'impossible'),
-        ({'size': 2**14}, 'impossible'),
-    ):
-        model.save(path, tensors, {**meta, 'config': {**meta['config'], **change}})
-        with pytest.raises(UserError, match=message):
-            model.load(path)
-    model.save(path, {**tensors, 'umm.row': tensors['umm.row'] * math.nan}, meta)
-    with pytest.raises(UserError, match='not finite'):
-        model.load(path)
-    model.save(path, {**tensors, 'umm.row': tensors['umm.row'].double()}, meta)
-    with pytest.raises(UserError, match='umm.row'):
-        model.load(path)
-    model.save(path, {**tensors, '../../evil': torch.ones(2)}, meta)  # a name is never a path
-    model.load(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.safetensors']
-    model.save(path, tensors, {'hello': 1})
-    with pytest.raises(UserError, match='not a whole'):
-        model.load(path)
     with pytest.raises(UserError, match='no checkpoint'):
         model.load(tmp_path / 'none')
+
+
+@pytest.fixture
+def stranger(run_dir, tmp_path):
+    """-> write(tensors, meta), which changes these of a good checkpoint -> path."""
+    _, _, _, good, good_meta = model.load(run_dir / 'model.safetensors')
+
+    def write(tensors, **meta):
+        path = tmp_path / 'bad.safetensors'
+        model.save(path, {**good, **tensors}, {**good_meta, **meta})
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize('name, value, message', [
+    ('n_embd', 10**12, 'impossible'),
+    ('n_layer', 2, 'missing'),
+    ('vocab', 9, 'impossible'),
+    ('n_embd', 64, 'misshapen'),
+    ('size', '16', 'impossible'),
+    ('vq_depth', 10**5, 'impossible'),
+    ('vq_width', 12, 'impossible'),
+    ('size', 2**14, 'impossible'),
+])
+def test_a_hostile_config_is_one_clear_line(run_dir, stranger, name, value, message):
+    _, umm, _, _, _ = model.load(run_dir / 'model.safetensors')
+    config = {**vars(umm.c), name: value}
+    with pytest.raises(UserError, match=message):
+        model.load(stranger({}, config=config))
+
+
+def test_hostile_tensors_are_one_clear_line(run_dir, stranger):
+    row = weights(run_dir / 'model.safetensors')['umm.row']
+    with pytest.raises(UserError, match='not finite'):
+        model.load(stranger({'umm.row': row * math.nan}))
+    with pytest.raises(UserError, match='umm.row'):
+        model.load(stranger({'umm.row': row.double()}))
+    path = stranger({'../../evil': torch.ones(2)})         # a name is never a path
+    model.load(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_hostile_meta_is_one_clear_line(run_dir, stranger, tmp_path):
+    wrong = {'step': '1', 'lines': None, 'settings': [], 'text': 3, 'config': 'x'}
+    for key, value in wrong.items():
+        with pytest.raises(UserError, match='not a whole'):
+            model.load(stranger({}, **{key: value}))
+    path = tmp_path / 'other.safetensors'
+    model.save(path, weights(run_dir / 'model.safetensors'), {'hello': 1})
+    with pytest.raises(UserError, match='not a whole'):
+        model.load(path)

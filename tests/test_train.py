@@ -1,314 +1,436 @@
-"""Training: optimizer, resume to the same bits, checkpoints, settings."""
-
+"""Training: optimizers, resume to the same bits, several processes, what the losses are made of."""
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TEST, leave_out, weights
+from conftest import ROOT, TEST, leave_out, log_of, same_bits, weights
+from PIL import Image
 
 import data
+import eval as evaluation
 import model
-import optim
+import sample
 import train
 from data import UserError
+from experiments.reproduce import maps_first, shuffled
 
 
-def test_muon_orthogonalizes():
+# ---- optimizers ----
+@pytest.mark.parametrize('shape', [(3, 8, 20), (2, 20, 8)])
+def test_muon_orthogonalizes(shape):
     """Singular values near 1, singular vectors kept: compared with the SVD."""
-    for shape in ((3, 8, 20), (2, 20, 8)):
-        G = torch.randn(shape)
-        U, S, V = torch.linalg.svd(G, full_matrices=False)
-        O = optim.orthogonalize(G)
-        s = torch.linalg.svdvals(O)
-        assert 0.6 < s.min() and s.max() < 1.3
-        assert ((U.mT @ O @ V.mT).diagonal(dim1=-2, dim2=-1) > 0.6).all()
+    G = torch.randn(shape)
+    U, _, V = torch.linalg.svd(G, full_matrices=False)
+    X = train.orthogonalize(G)
+    values = torch.linalg.svdvals(X)
+    assert .6 < values.min()
+    assert values.max() < 1.3
+    along = (U.mT @ X @ V.mT).diagonal(dim1=-2, dim2=-1)
+    assert (along > .6).all()
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
-    m = model.UMM(model.Config(size=16, n_layer=2, n_head=2, n_embd=32))
-    muon, adam = train.optimizers(m, 0.1, 0.2)
-    names = {id(p): n for n, p in m.named_parameters()}
+    umm = model.UMM(model.Config(size=16, n_layer=2, n_head=2, n_embd=32))
+    muon, adamw = train.optimizers(umm, .1, .2)
+    names = {id(p): name for name, p in umm.named_parameters()}
     mine = {names[id(p)] for p in muon.param_groups[0]['params']}
-    rest = {names[id(p)] for p in adam.param_groups[0]['params']}
-    assert mine == {n for n in names.values() if n.startswith('blocks.')} and mine | rest == set(
-        names.values()
-    )
+    rest = {names[id(p)] for p in adamw.param_groups[0]['params']}
+    assert mine == {name for name in names.values() if name.startswith('blocks.')}
+    assert mine | rest == set(names.values())
+    assert not mine & rest
+
+
+# ---- whole runs ----
+FIGURES = {
+    'understanding': ('mean', 'count'),
+    'blind': ('mean',),
+    'generation': ('mean', 'single', 'ceiling'),
+    'segmentation': ('miou', 'ceiling'),
+    'tokenizer': ('psnr', 'mask_ceiling', 'used'),
+}
 
 
 def test_main_job_leaves_everything(run_dir):
-    for name in (
-        'model.safetensors',
-        'pretrained.safetensors',
-        'log.jsonl',
-        'scores.json',
-        'samples.png',
-        'tokenizer.png',
-        'pretrain.png',
-        'posttrain.png',
-    ):
+    pictures = ['samples.png', *[f'{stage}.png' for stage in train.STAGES]]
+    files = ['model.safetensors', 'pretrained.safetensors', 'log.jsonl', 'scores.json']
+    for name in files + pictures:
         assert (run_dir / name).stat().st_size > 0, name
     assert not list(run_dir.glob('*.part'))
-    log = [json.loads(x) for x in (run_dir / 'log.jsonl').read_text().splitlines()]
-    assert [x['stage'] for x in log] == sorted((x['stage'] for x in log), key=train.STAGES.index)
-    s = json.loads((run_dir / 'scores.json').read_text())
-    for path in (
-        'understanding.mean',
-        'understanding.count',
-        'blind.mean',
-        'generation.mean',
-        'generation.single',
-        'generation.ceiling',
-        'segmentation.miou',
-        'segmentation.ceiling',
-        'tokenizer.psnr',
-        'tokenizer.mask_ceiling',
-        'tokenizer.used',
-        'minutes',
-    ):
-        figure = s
-        for key in path.split('.'):
-            figure = figure[key]
-        if path != 'minutes':
-            assert (
-                set(figure) == {'value', 'low', 'high', 'n'}
-                and figure['low'] <= figure['value'] <= figure['high']
-            )
+    stages = [line['stage'] for line in log_of(run_dir)]
+    assert set(stages) == set(train.STAGES)
+    assert stages == sorted(stages, key=train.STAGES.index)
+    scores = json.loads((run_dir / 'scores.json').read_text())
+    assert scores['minutes'] > 0
+    for part, names in FIGURES.items():
+        for name in names:
+            figure = scores[part][name]
+            assert figure.keys() == {'value', 'low', 'high', 'n'}
+            assert figure['low'] <= figure['value'] <= figure['high']
 
 
-@pytest.mark.parametrize('stage,step', [('tokenizer', 4), ('pretrain', 4), ('posttrain', 4)])
-def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, step, monkeypatch):
+class Killed(Exception):
+    """Ends a run from within."""
+
+
+@pytest.mark.parametrize('stage', train.STAGES)
+def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, monkeypatch):
     """A run killed in the middle of any stage and resumed equals the run that was never interrupted."""
     out = tmp_path / 'run'
-
-    class Killed(Exception):
-        pass
-
     real = train.Run.save
 
-    def save_then_die(self, name, at, done, opts=()):
-        real(self, name, at, done, opts)
-        if (at, done) == (stage, step):
+    def save_then_die(run, name, next_stage, step, opts=()):
+        real(run, name, next_stage, step, opts)
+        if next_stage == stage and step == 4:
             raise Killed
 
+    leave_out(monkeypatch, 'evaluate', 'report')           # the weights and the log are compared
     monkeypatch.setattr(train.Run, 'save', save_then_die)
-    leave_out(monkeypatch, 'evaluate', 'report')  # the weights and the log are compared
     with pytest.raises(Killed):
         train.main([*TEST, '--out', str(out)])
-    with open(out / 'log.jsonl', 'a') as f:  # a line written after the checkpoint must go
-        f.write(json.dumps({'stage': stage, 'step': step + 1}) + '\n')
     monkeypatch.setattr(train.Run, 'save', real)
+    with open(out / 'log.jsonl', 'a') as f:                # a line written after the checkpoint must go
+        f.write(json.dumps({'stage': stage, 'step': 5}) + '\n')
     train.main([*TEST, '--out', str(out), '--resume'])
-    a, b = weights(run_dir / 'model.safetensors'), weights(out / 'model.safetensors')
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    drop = lambda p: [
-        {k: v for k, v in json.loads(x).items() if k != 'seconds'}
-        for x in p.read_text().splitlines()
-    ]
-    assert drop(run_dir / 'log.jsonl') == drop(out / 'log.jsonl')
+    assert same_bits(run_dir / 'model.safetensors', out / 'model.safetensors')
+    assert log_of(run_dir) == log_of(out)
 
 
-TORCHRUN = """
-import signal, sys
-sys.path.insert(0, {root!r})
-import model, torch, train
-model.MAX_PLAN = 24
-real = train.umm_losses
+def test_stages_one_by_one_give_the_same_bits(run_dir, tmp_path, monkeypatch):
+    """--until, then --resume. What has only a tokenizer can be looked at and evaluated."""
+    out = tmp_path / 'run'
+    flags = [*TEST, '--out', str(out)]
+    train.main([*flags, '--until', 'tokenizer'])
+    assert {line['stage'] for line in log_of(out)} == {'tokenizer'}
 
-def losses(run, step, *how, **more):
-    if train.RANK == 1 and step == run.s.pre_steps + 2:     # the third of post-training
-        signal.raise_signal(signal.SIGTERM)     # one of the two is told to stop
-    return real(run, step, *how, **more)
-train.umm_losses = losses
-train.data.guard(train.main)
-"""
+    photo, seen = tmp_path / 'photo.png', tmp_path / 'seen.png'
+    Image.new('RGB', (50, 40), 'red').save(photo)
+    checkpoint = str(out / 'model.safetensors')
+    sample.main(['reconstruct', str(photo), '--out', str(seen), '--checkpoint', checkpoint])
+    assert Image.open(seen).size == (512, 256)             # before and after
+    evaluation.main(['--run', str(out), '--n', '16'])
+    for name in ('scores.json', 'scores_test.json'):
+        scores = json.loads((out / name).read_text())
+        assert scores['tokenizer']['psnr']['n'] > 0
+        assert scores['understanding'] == scores['generation'] == scores['segmentation'] == {}
 
-
-def test_two_processes_are_one_and_a_run_goes_on_with_another_number_of_them(
-    run_dir, tmp_path, monkeypatch
-):
-    """Begun in this process, continued by torchrun with two gloo processes until one of them is told to
-    stop, finished in this process: the same losses and files as in one go."""
-    (tmp_path / 'main.py').write_text(TORCHRUN.format(root=str(ROOT)))
-    command = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc_per_node=2',
-        'main.py',
-    ]
-    flags, real = [*TEST, '--out', str(tmp_path / 'run')], train.umm_losses
     leave_out(monkeypatch, 'evaluate', 'report')
-
-    def stop(run, step, *how, **more):
-        run.stop = True
-        return real(run, step, *how, **more)
-
-    monkeypatch.setattr(train, 'umm_losses', stop)
-    with pytest.raises(UserError, match='stopped; saved pretrain step 1'):
-        train.main(flags)
-    monkeypatch.setattr(train, 'umm_losses', real)
-    done = subprocess.run([*command, *flags, '--resume'], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode and done.stderr.count('stopped; saved posttrain step 3') == 2, done.stderr
-    assert done.stdout.count('parameters:') == done.stdout.count('device:') == 1
-    train.main([*flags, '--resume'])
-    one, two = ([json.loads(x) for x in open(d / 'log.jsonl')] for d in (run_dir, tmp_path / 'run'))
-    losses = lambda line: (
-        {k: v for k, v in line.items() if isinstance(v, float) and k[:2] != 'H_'}
-        | {'seconds': 0.0}
-    )
-    for a, b in zip(one, two, strict=True):
-        assert (a['stage'], a['step']) == (b['stage'], b['step'])
-        assert losses(a) == pytest.approx(losses(b), rel=1e-3)
-    a, b = weights(run_dir / 'model.safetensors'), weights(tmp_path / 'run' / 'model.safetensors')
-    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+    train.main([*flags, '--resume', '--until', 'pretrain'])
+    assert {line['stage'] for line in log_of(out)} == {'tokenizer', 'pretrain'}
+    assert not (out / 'pretrained.safetensors').exists()   # the next stage begins with it
+    for _ in range(2):                                     # of a run that is done nothing changes
+        train.main([*flags, '--resume'])
+        for name in ('pretrained.safetensors', 'model.safetensors'):
+            assert same_bits(run_dir / name, out / name)
+        assert log_of(run_dir) == log_of(out)
 
 
-def test_same_seed_same_weights_other_seed_other_weights(run_dir, tmp_path, monkeypatch):
+def test_another_seed_gives_other_weights(run_dir, tmp_path, monkeypatch):
     leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
-    train.main([*TEST, '--out', str(tmp_path / 'b'), '--seed', '1'])
-    a, b = weights(run_dir / 'model.safetensors'), weights(tmp_path / 'b' / 'model.safetensors')
+    train.main([*TEST, '--out', str(tmp_path / 'run'), '--seed', '1'])
+    a = weights(run_dir / 'model.safetensors')
+    b = weights(tmp_path / 'run' / 'model.safetensors')
     assert not torch.equal(a['umm.blocks.0.qkv.weight'], b['umm.blocks.0.qkv.weight'])
 
 
-@pytest.mark.parametrize(
-    'flags',
-    [['--image_input', 'code'], ['--quantizer', 'fsq'], ['--proxy', 'edge'], ['--proxy', 'none']],
-)
-def test_switches_train(tmp_path, flags, monkeypatch):
-    if flags[1] != 'code':  # the evaluation reads pictures in one of two ways, whatever else is switched
+@pytest.mark.parametrize('flag, value', [
+    ('--image_input', 'code'),
+    ('--quantizer', 'fsq'),
+    ('--proxy', 'edge'),
+    ('--proxy', 'none'),
+])
+def test_switches_train(tmp_path, flag, value, monkeypatch):
+    if value != 'code':              # the evaluation reads pictures in one of two ways, whatever else
         leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
-    train.main([*TEST, '--out', str(tmp_path / 'run'), *flags])
-
-
-class Spy(data.World):
-    """A world that keeps what it gave out."""
-
-    def __getattribute__(self, name):
-        found = super().__getattribute__(name)
-        if name not in ('questions', 'drawings', 'proxies'):
-            return found
-
-        def call(*args, **how):
-            given = found(*args, **how)
-            self.given.setdefault(name, []).append((args, given))
-            return given
-
-        return call
-
-
-def tiny_run(*flags):
-    s = train.parse([*TEST, *flags])
-    torch.manual_seed(0)
-    world = Spy(16)
-    world.given = {}
-    shared = vars(s).keys() & vars(model.Config()).keys()
-    c = model.Config(**{k: getattr(s, k) for k in shared}, vocab=world.text.size)
-    parts = dict(s=s, world=world, tok=model.VQTokenizer(c).eval(), umm=model.UMM(c))
-    return type('Run', (), parts | {'device': torch.device('cpu')})
-
-
-def test_mixture_is_what_the_settings_say():
-    """Pictures drawn from the world in a step: 2 with a proxy map for 1 with questions, by default."""
-    run = tiny_run()
-    s = run.s
-    losses = train.umm_losses(
-        run, 0, s.post_ask, s.post_draw, round(s.ratio * s.post_ask), s.w_text, s.w_draw
-    )
-    counts = {k: v[0][0][2] for k, v in run.world.given.items()}
-    assert counts == {'questions': s.post_ask, 'drawings': s.post_draw, 'proxies': 2 * s.post_ask}
-    pixel = s.w_draw * losses['draw'] + s.w_proxy * losses['seg']
-    want = s.w_text * losses['text'] + losses['plan'] + pixel
-    assert losses['loss'].item() == pytest.approx(want.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize('ranks', [2, 3, 5])
-def test_parts_of_processes_add_up_to_the_whole_batch(monkeypatch, ranks):
-    """Losses and gradients; some processes get no picture at all."""
-    run = tiny_run('--hide', '.5')
-    torch.nn.init.normal_(run.umm.pixel_head.weight), torch.nn.init.normal_(run.umm.text_head.weight)
-
-    def step():
-        losses = train.umm_losses(run, 0, 4, 3, 4, 0.7, 0.4)
-        losses['loss'].backward()
-        grads = [p.grad for p in run.umm.parameters()]
-        run.umm.zero_grad()
-        return {k: v.item() for k, v in losses.items()}, [
-            torch.zeros(1) if g is None else g for g in grads
-        ]
-
-    whole, parts = step(), []
-    for rank in range(ranks):
-        monkeypatch.setattr(train, 'RANKS', ranks), monkeypatch.setattr(train, 'RANK', rank)
-        parts.append(step())
-    for k in whole[0]:
-        assert k[:2] == 'H_' or sum(p[0][k] for p in parts) == pytest.approx(whole[0][k], rel=1e-5), k
-    for i, g in enumerate(whole[1]):
-        torch.testing.assert_close(sum(p[1][i] for p in parts), g, rtol=1e-4, atol=1e-5)
-
-
-def targets_of(run, monkeypatch):
-    """The proxy targets that the tokenizer is given to encode, after one step of the losses."""
-    seen, encode = [], model.VQTokenizer.encode
-    monkeypatch.setattr(model.VQTokenizer, 'encode', lambda tok, x: (seen.append(x), encode(tok, x))[1])
-    losses = train.umm_losses(run, 0, 0, 0, 4, 1.0)
-    return seen[-1], losses
-
-
-@pytest.mark.parametrize('proxy', data.PROXIES)
-def test_the_supervised_target_is_the_proxy_and_shuffled_is_another_pictures(proxy, monkeypatch):
-    for control in ('none', 'shuffled'):
-        run = tiny_run('--proxy', proxy, '--control', control)
-        target, _ = targets_of(run, monkeypatch)
-        (_, (_, want, r)) = run.world.given['proxies'][0]
-        assert torch.equal(want, data.PROXIES[proxy](r))
-        assert torch.equal(target, want if control == 'none' else want.roll(1, 0))
-        if control == 'shuffled':
-            assert all(not torch.equal(a, b) for a, b in zip(target, want))
-
-
-def test_frozen_keeps_the_proxy_off_the_trunk_and_only_that():
-    for control, moved in (('none', True), ('frozen', False)):
-        run = tiny_run('--control', control)
-        torch.nn.init.normal_(run.umm.pixel_head.weight)
-        for block in run.umm.blocks:
-            torch.nn.init.normal_(block.proj.weight)
-        train.umm_losses(run, 0, 0, 0, 4, 1.0)['loss'].backward()
-        assert any(p.grad is not None for p in run.umm.blocks.parameters()) is moved
-        assert run.umm.pixel_head.weight.grad.any() and run.umm.code_embed.weight.grad.any()
-        assert all(p.requires_grad for p in run.umm.parameters())
-
-
-def test_first_gives_the_same_amounts_in_another_order(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        train, 'loop', lambda run, stage, model, loss_of, steps, *a: [loss_of(i) for i in range(steps)]
-    )
-    for control in ('none', 'first'):
-        run = seen[control] = []
-        late = lambda n, how: n[0] * how['late']  # pictures asked about with the later questions
-        monkeypatch.setattr(
-            train, 'umm_losses', lambda r, step, *n, **how: run.append((*n[:3], late(n, how)))
-        )
-        train.posttrain(tiny_run('--control', control, '--post_steps', '8'))
-        assert [n[3] > 0 for n in run] == sorted(n[3] > 0 for n in run) and run[-1][3]
-    mixed, first = ([sum(n[k] for n in run) for k in range(4)] for run in seen.values())
-    assert mixed == first and seen['first'][0][0] == 0 and seen['first'][-1][2] == 0
-    assert len({n[:3] for n in seen['none']}) == 1
+    train.main([*TEST, '--out', str(tmp_path / 'run'), flag, value])
 
 
 def test_posttraining_from_another_runs_checkpoint(run_dir, tmp_path):
     """--init gives what the run that pretrained gives, without its first two stages."""
+    a, b = tmp_path / 'a', tmp_path / 'b'
     flags = [*TEST, '--init', str(run_dir / 'pretrained.safetensors')]
-    train.main([*flags, '--out', str(tmp_path / 'a')])
-    want, got = weights(run_dir / 'model.safetensors'), weights(tmp_path / 'a' / 'model.safetensors')
-    assert all(torch.equal(want[k], got[k]) for k in want)
-    log = [json.loads(x) for x in (tmp_path / 'a' / 'log.jsonl').read_text().splitlines()]
-    assert {x['stage'] for x in log} == {'posttrain'}
+    train.main([*flags, '--out', str(a)])
+    assert same_bits(run_dir / 'model.safetensors', a / 'model.safetensors')
+    assert {line['stage'] for line in log_of(a)} == {'posttrain'}
     with pytest.raises(UserError, match='n_layer is 2'):
-        train.main([*flags, '--out', str(tmp_path / 'b'), '--n_layer', '2'])
+        train.main([*flags, '--out', str(b), '--n_layer', '2'])
+    assert not b.exists()
     with pytest.raises(UserError, match='no checkpoint'):  # and what was there stays
-        train.main([*TEST, '--init', 'none', '--out', str(tmp_path / 'a'), '--overwrite'])
-    assert (tmp_path / 'a' / 'model.safetensors').exists() and not (tmp_path / 'b').exists()
+        train.main([*TEST, '--init', 'none', '--out', str(a), '--overwrite'])
+    assert (a / 'model.safetensors').exists()
+
+
+# ---- several processes ----
+TORCHRUN = """
+import pathlib, signal, sys
+sys.path.insert(0, {root!r})
+import data, model, train
+
+model.MAX_PLAN = 24
+real = train.umm_losses
+written = []
+
+
+def note(event, args):
+    # which files of the run does this process write?
+    for_writing = event == 'open' and args[1] and set(args[1]) & set('wa+')
+    if (for_writing or event == 'os.rename') and 'run' in pathlib.Path(str(args[0])).parts:
+        written.append(str(args[0]))
+
+
+def losses(run, step, *amounts, **more):
+    if step == 2:                          # the third of pretraining
+        networks = model.state_of(run.tok, run.umm)
+        model.save(f'{{train.RANK}}.safetensors', networks, {{}})
+        if train.RANK == 1:
+            signal.raise_signal(signal.SIGTERM)        # one of the two is told to stop
+    return real(run, step, *amounts, **more)
+
+
+train.umm_losses = losses
+sys.addaudithook(note)
+try:
+    data.guard(train.main)
+finally:
+    pathlib.Path(f'{{train.RANK}}.txt').write_text(' '.join(written))
+"""
+
+
+def steps_of(run) -> list:
+    """(stage, step) of the lines about losses in a run's log."""
+    return [(line['stage'], line['step']) for line in log_of(run) if 'loss' in line]
+
+
+def test_two_processes_train_and_stop_together_and_one_goes_on(run_dir, tmp_path, monkeypatch):
+    """torchrun with two gloo processes, until one of them is told to stop; then this process alone."""
+    out = tmp_path / 'run'
+    flags = [*TEST, '--log_every', '1', '--out', 'run']
+    (tmp_path / 'main.py').write_text(TORCHRUN.format(root=str(ROOT)))
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command = [*torchrun, 'main.py', *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count('stopped; saved pretrain step 3') == 2, done.stderr
+    # the first talks and writes, the other does not
+    assert done.stdout.count('parameters:') == 1
+    assert done.stdout.count('device:') == 1
+    first = (tmp_path / '0.txt').read_text()
+    for name in ('log.jsonl', 'tokenizer.png', 'state.safetensors'):
+        assert name in first
+    assert (tmp_path / '1.txt').read_text() == ''
+    expected = [('tokenizer', step) for step in range(1, 9)]
+    assert steps_of(out) == expected + [('pretrain', step) for step in range(1, 4)]
+    # they have the same weights, to the last bit
+    a, b = [(tmp_path / f'{rank}.safetensors').read_bytes() for rank in (0, 1)]
+    assert a == b
+
+    monkeypatch.chdir(tmp_path)
+    leave_out(monkeypatch, 'evaluate', 'report')
+    train.main([*flags, '--resume'])
+    for stage in ('pretrain', 'posttrain'):
+        expected += [(stage, step) for step in range(1, 7)]
+    assert steps_of(out) == expected
+    assert weights(out / 'model.safetensors').keys() == weights(run_dir / 'model.safetensors').keys()
+
+
+class Spy(data.World):
+    """A world that keeps the pictures that it gave out: (stream, Rendering)."""
+
+    def scenes(self, split, stream, index, B, pixels=True):
+        given = super().scenes(split, stream, index, B, pixels)
+        if pixels:
+            self.given.append((stream, given[1]))
+        return given
+
+    def drawn(self, stream):
+        """Its latest Rendering of a stream."""
+        return [r for name, r in self.given if name == stream][-1]
+
+
+def tiny_run(world, *flags):
+    """As train.Run, without a folder; its heads and blocks are not zero, as they would be at first."""
+    s = train.parse([*TEST, *flags])
+    s.vocab = world.text.size
+    torch.manual_seed(0)
+    tok, umm = model.VQTokenizer(s).eval(), model.UMM(s)
+    for layer in (umm.pixel_head, umm.text_head, *[block.proj for block in umm.blocks]):
+        torch.nn.init.normal_(layer.weight)
+    spy = Spy(16, text=world.text)
+    spy.given = []
+    return SimpleNamespace(s=s, world=spy, tok=tok, umm=umm, device=torch.device('cpu'),
+                           control=train.Control())
+
+
+def averaged(monkeypatch, models, stops) -> list:
+    """Let each model be in a process of its own and average their gradients -> what each is told."""
+    monkeypatch.setattr(train, 'RANKS', len(models))
+    sent = []
+    monkeypatch.setattr(train.dist, 'all_reduce', sent.append)
+    for network, stop in zip(models, stops):
+        train.average_gradients(network, stop)
+    total = sum(sent)
+    monkeypatch.setattr(train.dist, 'all_reduce', lambda message: message.copy_(total))
+    return [train.average_gradients(network, stop) for network, stop in zip(models, stops)]
+
+
+def naive_loss(run, index):
+    """Of two pictures each with questions, to draw and with maps, from the batches of that number."""
+    s, world, tok, umm = run.s, run.world, run.tok, run.umm
+    asked, _ = world.questions('train', index, 2, s.questions)
+    drawing, picture = world.drawings('train', index, 2, s.drop)
+    maps, target, _ = world.maps_to_draw('train', index, 2, 'seg')
+    drawing.codes = tok.encode(picture)
+    maps.codes = tok.encode(target)
+    text, _ = umm(asked)
+    plan, draw = umm(drawing)
+    _, seg = umm(maps, s.hide)
+    return .7 * text + plan + .3 * draw + s.w_proxy * seg
+
+
+def test_gradients_of_two_processes_are_those_of_both_batches(world, monkeypatch):
+    """3 pictures with questions are 2 for each process: the share is rounded up."""
+    monkeypatch.setattr(train, 'RANKS', 2)
+    runs = []
+    for rank in range(2):
+        monkeypatch.setattr(train, 'RANK', rank)
+        run = tiny_run(world, '--hide', '.5')
+        losses = train.umm_losses(run, 5, 3, 4, 4, .7, .3)
+        losses['loss'].backward()
+        runs.append(run)
+    averaged(monkeypatch, [run.umm for run in runs], [False, False])
+    whole = tiny_run(world, '--hide', '.5')
+    loss = (naive_loss(whole, 10) + naive_loss(whole, 11)) / 2
+    loss.backward()
+    for run in runs:
+        for got, want in zip(run.umm.parameters(), whole.umm.parameters()):
+            torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('stops', [(False, False, False), (False, True, False), (True, True, True)])
+def test_a_gradient_that_one_process_lacks_counts_as_zero_and_all_stop_together(monkeypatch, stops):
+    models = [torch.nn.Linear(2, 3) for _ in stops]
+    gradients = torch.randn(3, 3, 2)
+    models[1].weight.grad = gradients[1].clone()
+    models[2].weight.grad = gradients[2].clone()
+    told = averaged(monkeypatch, models, stops)
+    assert told == [any(stops)] * 3
+    for network in models:
+        mean = (gradients[1] + gradients[2]) / 3
+        torch.testing.assert_close(network.weight.grad, mean)
+        assert not network.bias.grad.any()
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+def test_no_process_sees_the_pictures_of_another(world, monkeypatch, ranks):
+    """Nor its own ones again: in each stream the batches of all steps differ."""
+
+    def two_steps(run, stage, model, loss_of, *how):
+        for step in range(2):
+            loss_of(step)
+
+    monkeypatch.setattr(train, 'loop', two_steps)
+    monkeypatch.setattr(train, 'RANKS', ranks)
+    pictures = {}
+    for rank in range(ranks):
+        monkeypatch.setattr(train, 'RANK', rank)
+        run = tiny_run(world, '--pre_steps', '2')
+        for stage in (train.train_tokenizer, train.pretrain, train.posttrain):
+            stage(run)
+        for stream, r in run.world.given:
+            pictures.setdefault(stream, []).append(r.image)
+    batches = {stream: len(images) for stream, images in pictures.items()}
+    steps = 2 * ranks                                      # of a stage, all processes together
+    assert batches == {'tokenizer': steps, 'questions': 2 * steps, 'drawings': 2 * steps, 'maps': steps}
+    for stream, images in pictures.items():
+        each = {picture.numpy().tobytes() for batch in images for picture in batch}
+        assert len(each) == sum(len(batch) for batch in images), stream
+
+
+# ---- what the losses are made of ----
+def test_mixture_is_what_the_settings_say(world):
+    """Pictures drawn from the world in a step: 2 with a map for 1 with questions, by default."""
+    run = tiny_run(world)
+    s = run.s
+    maps = train.maps_a_step(run)
+    losses = train.umm_losses(run, 0, s.post_ask, s.post_draw, maps, s.w_text, s.w_draw)
+    amounts = {stream: len(r.image) for stream, r in run.world.given}
+    assert amounts == {'questions': s.post_ask, 'drawings': s.post_draw, 'maps': 2 * s.post_ask}
+    want = s.w_text * losses['text'] + losses['plan']
+    want = want + s.w_draw * losses['draw'] + s.w_proxy * losses['seg']
+    assert losses['loss'].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def taught(run):
+    """The maps that the tokenizer is given to encode, in a step with 4 of them."""
+    encode, seen = run.tok.encode, []
+
+    def keep(x):
+        seen.append(x)
+        return encode(x)
+
+    run.tok.encode = keep
+    train.umm_losses(run, 0, 0, 0, 4)
+    return seen[-1]
+
+
+@pytest.mark.parametrize('name', data.MAPS)
+def test_the_supervised_target_is_the_map_and_shuffled_is_another_pictures(world, name):
+    run = tiny_run(world, '--proxy', name)
+    target = taught(run)
+    want = data.MAPS[name].draw(run.world.drawn('maps'))
+    assert torch.equal(target, want)
+
+    run = tiny_run(world, '--proxy', name)
+    run.control = train.Control(change_target=shuffled)
+    target = taught(run)
+    assert torch.equal(target, want.roll(1, 0))
+    for other, own in zip(target, want):
+        assert not torch.equal(other, own)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_frozen_keeps_the_map_off_the_blocks_and_only_that(world, frozen):
+    run = tiny_run(world)
+    run.control = train.Control(frozen=frozen)
+    train.umm_losses(run, 0, 0, 0, 4)['loss'].backward()
+    moved = [p.grad is not None for p in run.umm.blocks.parameters()]
+    assert any(moved) is not frozen
+    assert run.umm.pixel_head.weight.grad.any()
+    assert run.umm.code_embed.weight.grad.any()
+    assert all(p.requires_grad for p in run.umm.parameters())
+
+
+def amounts_of(world, control, monkeypatch) -> list:
+    """(pictures with questions, to draw, with maps, with late questions) of 8 steps of post-training."""
+    steps = []
+
+    def all_steps(run, stage, model, loss_of, steps, *how):
+        for step in range(steps):
+            loss_of(step)
+
+    def note(run, step, ask, draw, maps, w_text, w_draw, late):
+        steps.append((ask, draw, maps, ask if late else 0))
+
+    monkeypatch.setattr(train, 'loop', all_steps)
+    monkeypatch.setattr(train, 'umm_losses', note)
+    run = tiny_run(world, '--post_steps', '8')
+    run.control = control
+    train.posttrain(run)
+    return steps
+
+
+def test_maps_first_are_the_same_amounts_in_another_order(world, monkeypatch):
+    mixed = amounts_of(world, train.Control(), monkeypatch)
+    first = amounts_of(world, train.Control(amounts=maps_first), monkeypatch)
+    for steps in (mixed, first):
+        late = [pictures > 0 for _, _, _, pictures in steps]
+        assert late == sorted(late)                        # the late questions come last
+        assert late[-1]
+    assert len(mixed) == len(first) == 8
+    for a, b in zip(zip(*mixed), zip(*first)):
+        assert sum(a) == sum(b)
+    assert first[0][0] == 0                                # no questions at the beginning
+    assert first[-1][2] == 0                               # no maps at the end
+    assert len({step[:3] for step in mixed}) == 1
