@@ -321,7 +321,7 @@ class DataSet:
     have and define scenes(), corpus(), and ask() or describe()."""
     kinds: tuple = ()                # types of question that are measured
     asked: tuple = ()                # what is asked, a type as often as it stands here; empty: kinds
-    asked_late: tuple = ()           # the same in the second half of post-training; empty: asked
+    asked_late: tuple = ()           # the same in the later part of post-training; empty: asked
     annotated: tuple = ()            # those of 'classes', 'instance', 'depth' that its Rendering holds
     captions = False                 # does describe() know the style 'list'?
     palette = PALETTE                # colours of the classes
@@ -372,9 +372,12 @@ class DataSet:
         return [name for name in self.maps if MAPS[name].spoil is None]
 
     def turns(self, scene, Q: int, rng, kinds) -> list:
-        """[(type, (question, answer))]: Q of them, of types drawn from `kinds`."""
+        """[(type, (question, answer))]: Q of them, of types drawn from `kinds`; fewer where hardly any
+        question fits the scene."""
         turns = []
-        while len(turns) < Q:
+        for _ in range(20 * Q):                                # a type may not fit this scene
+            if not kinds or len(turns) >= Q:
+                break
             kind = rng.choice(kinds)
             turns += [(kind, qa) for qa in self.ask(scene, kind, rng)]
         return turns

@@ -44,9 +44,10 @@ def share(right: int, n: int) -> dict:
         return dict(NOTHING)
     p = right / n
     z2 = Z * Z / n
-    centre = (p + z2 / 2) / (1 + z2)
+    whole = 1 + z2
+    centre = (p + z2 / 2) / whole
     variance = p * (1 - p) / n + z2 / (4 * n)
-    half = Z * math.sqrt(variance) / (1 + z2)
+    half = Z * math.sqrt(variance) / whole
     return figure(p, centre - half, centre + half, n)
 
 
@@ -56,12 +57,13 @@ def mean_of(figures: list[dict]) -> dict:
     if not kept:
         return dict(NOTHING)
     k = len(kept)
-    mean = sum(f['value'] for f in kept) / k
+    total = sum(f['value'] for f in kept)
+    mean = total / k
     # errors of independent shares add up as the sides of a right angle
-    below = math.hypot(*[f['value'] - f['low'] for f in kept])
-    above = math.hypot(*[f['high'] - f['value'] for f in kept])
+    below = math.hypot(*[f['value'] - f['low'] for f in kept]) / k
+    above = math.hypot(*[f['high'] - f['value'] for f in kept]) / k
     n = sum(f['n'] for f in kept)
-    return figure(mean, mean - below / k, mean + above / k, n)
+    return figure(mean, mean - below, mean + above, n)
 
 
 def bootstrap(score, tables) -> dict:

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import data  # before torch: it tells OpenMP how to wait
@@ -83,15 +84,15 @@ class Settings(Config):
     pre_ask: int = setting(1, 'pictures with questions a step, pretraining', least=1)
     pre_draw: int = setting(32, 'pictures drawn from text a step, pretraining')
     # -- the posttrain stage: SGT's mixture, maps and questions 2:1, and drawings not to forget them
-    post_steps: int = setting(900, 'steps of the posttrain stage', least=1)
+    post_steps: int = setting(840, 'steps of the posttrain stage', least=1)
     post_ask: int = setting(8, 'pictures with questions a step, post-training', least=1)
     post_draw: int = setting(8, 'pictures drawn a step, post-training: against forgetting')
     ratio: float = setting(2., 'pictures with maps for each one with questions, post-training')
     proxy: str = setting('seg', 'map to generate, post-training', one_of=(*MAPS, 'none'))
     # -- questions about one picture share it: they are nearly free
     questions: int = setting(12, 'questions asked about each picture', least=1)
-    late_questions: int = setting(36, 'in the second half of post-training: mostly to find things',
-                                  least=1)
+    late_questions: int = setting(36, 'the same in the later part of post-training', least=1)
+    late_from: float = setting(.1, 'share of post-training after which this part begins', most=1)
     # -- optimizers
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
@@ -350,7 +351,7 @@ class Run:
         self.world = self.open_data(text)
         if s.resume and self.world.checksum != meta.get('checksum', 0):
             raise UserError(f'{s.data} has changed since the run began: restore it or --overwrite this')
-        if s.proxy not in (*self.world.maps, 'none'):
+        if s.proxy not in (*self.world.maps, 'seg', 'none'):   # without masks seg is switched off
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.maps)} or none")
         # from here on the folder changes: all that can be wrong with the command is known
@@ -469,56 +470,52 @@ class Run:
 # ---- how fast this machine is, and in what ----
 # Units for bfloat16 may or may not pay for small matrices, and a second thread costs time when another
 # program uses its core. No table of processors can tell; three real steps can.
-def seconds_a_step(run: Run, dtype: str, threads: int, limit=math.inf) -> float:
-    """Time the forward and backward pass of a step of post-training: best of three, the first warms up.
-    Slower than `limit` or 3 seconds, it is not tried again. No optimizer: nothing is learned."""
-    s, best = run.s, math.inf
+def seconds_a_step(run: Run, dtype: str, threads: int) -> float:
+    """Of the forward and backward pass of post-training. No optimizer: nothing is learned."""
+    s = run.s
     s.dtype, s.threads = dtype, threads
     torch.set_num_threads(threads)
     run.tok.eval()                                             # its codebook must not move
-    for _ in range(3):
-        begin = time.perf_counter()
-        losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), late=True)
-        losses['loss'].backward()
-        run.umm.source.grad.sum().item()                       # a GPU is waited for
-        run.umm.zero_grad()
-        spent = time.perf_counter() - begin
-        spent = torch.tensor(spent, device=run.device)
-        if SEVERAL:
-            dist.all_reduce(spent, dist.ReduceOp.MAX)          # all processes choose alike
-        best = min(best, spent.item())
-        if best > min(limit, 3):
-            break
-    return best
-
-
-def faster(run: Run, times: dict, best: tuple, other: tuple) -> tuple:
-    """Time `other`, (dtype, threads) -> it or `best`: it has to win by a tenth, not by chance."""
-    times[other] = seconds_a_step(run, *other, limit=2 * times[best])
-    return other if times[other] < .9 * times[best] else best
+    begin = time.perf_counter()
+    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), late=True)
+    losses['loss'].backward()
+    run.umm.source.grad.sum().item()                           # a GPU is waited for
+    run.umm.zero_grad()
+    spent = time.perf_counter() - begin
+    spent = torch.tensor(spent, device=run.device)
+    if SEVERAL:
+        dist.all_reduce(spent, dist.ReduceOp.MAX)              # all processes choose alike
+    return spent.item()
 
 
 def settle(run: Run):
     """Train in the type and with the number of threads in which real steps are fastest on this machine
     now, unless they were asked for or are those that a resumed run began with: float32 or bfloat16; all
-    cores or, beside another busy program, one."""
-    s, times = run.s, {}
-    choose_dtype = s.dtype == 'auto'
-    choose_threads = s.threads == 0
-    dtype = 'float32' if choose_dtype else s.dtype
-    best = (dtype, s.threads or torch.get_num_threads())       # all cores
-    if choose_dtype or choose_threads:                         # there is something to compare with
-        times[best] = seconds_a_step(run, *best)
-    if choose_threads and best[1] > 1 and run.device.type == 'cpu':
-        best = faster(run, times, best, (best[0], 1))
-    if choose_dtype:
-        best = faster(run, times, best, ('bfloat16', best[1]))
-    s.dtype, s.threads = best
-    torch.set_num_threads(s.threads)
-    why = 'as asked for'
-    if times:
+    cores or, beside another busy program, one.
+
+    Three rounds by turns, the first of which warms up; what is far too slow, or takes seconds, is timed
+    once. float32 on all cores has to lose by a tenth, or one command would give two results."""
+    s = run.s
+    dtypes = ['float32', 'bfloat16'] if s.dtype == 'auto' else [s.dtype]
+    threads = [s.threads or torch.get_num_threads()]           # all cores
+    if s.threads == 0 and threads[0] > 1 and run.device.type == 'cpu':
+        threads.append(1)
+    candidates = list(product(dtypes, threads))
+    best, why = candidates[0], 'as asked for'
+    if len(candidates) > 1:
+        times = dict.fromkeys(candidates, math.inf)
+        for turn in range(3):
+            for candidate in candidates:
+                if turn == 0 or times[candidate] < min(3, 2 * min(times.values())):
+                    seconds = seconds_a_step(run, *candidate)
+                    times[candidate] = min(times[candidate], seconds)
+        fastest = min(times, key=times.get)
+        if times[fastest] < .9 * times[best]:
+            best = fastest
         timed = [f'{dtype} on {n} {seconds:.3g}' for (dtype, n), seconds in times.items()]
         why = 'seconds a step: ' + ', '.join(timed)
+    s.dtype, s.threads = best
+    torch.set_num_threads(s.threads)
     print(f'device: {run.device}, {s.dtype}, CPU threads: {s.threads} ({why})')
     if run.device.type == 'cuda':
         most = torch.cuda.max_memory_allocated() / 1e9
@@ -772,15 +769,15 @@ def pretrain(run: Run):
 
 
 def maps_a_step(run: Run) -> int:
-    """Pictures with a map to generate in a step of post-training."""
-    if run.s.proxy == 'none':
+    """Pictures with a map to generate in a step of post-training; none where none are known."""
+    if run.s.proxy not in run.world.maps:
         return 0
     return round(run.s.ratio * run.s.post_ask)
 
 
 def posttrain(run: Run):
-    """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions. In the
-    second half, when shapes are known from the maps, more questions are asked, mostly of finding."""
+    """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions. Later, when
+    shapes are known from the maps, more questions are asked, most of them of finding."""
     s = run.s
     maps = maps_a_step(run)
     pictures = s.post_ask + s.post_draw + maps
@@ -788,7 +785,7 @@ def posttrain(run: Run):
     def loss_of(step):
         # steps are counted on from pretraining: no picture of it comes again
         amounts = run.control.amounts or mixed
-        ask_share, map_share, late = amounts(step, s.post_steps)
+        ask_share, map_share, late = amounts(s, step)
         ask = ask_share * s.post_ask
         return umm_losses(run, s.pre_steps + step, ask, s.post_draw, map_share * maps, s.w_text,
                           s.w_draw, late)
@@ -796,9 +793,9 @@ def posttrain(run: Run):
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, pictures, lambda: look_at_umm(run))
 
 
-def mixed(step: int, steps: int):
+def mixed(s: Settings, step: int):
     """-> (share of the questions' pictures, share of the maps, are the late questions asked?)"""
-    return 1, 1, step >= steps / 2
+    return 1, 1, step >= s.late_from * s.post_steps
 
 
 # ---- command line ----

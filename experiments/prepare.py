@@ -14,6 +14,7 @@ import shutil
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,6 +35,7 @@ under its own licence. Cite Lin et al.: Microsoft COCO, ECCV 2014. Any export in
 The split is that of the path of the file (train, val, test); one that no file is for gets every tenth
 training picture; annotations without pictures are left out with a line."""
 
+
 class Writer:
     """Writes OUT/{split}/images, masks and metadata.jsonl; the folder appears only when complete."""
 
@@ -43,25 +45,36 @@ class Writer:
         if len(classes) > 255:
             raise UserError(f'{len(classes)} classes: an indexed mask holds 255; name fewer with '
                             '--classes')
-        self.out, self.part, self.side = out, out.with_name(out.name + '.part'), side
-        self.count, self.boxes = Counter(), 0          # pictures by split; boxes that stand for masks
+        self.out = out
+        self.part = out.with_name(out.name + '.part')          # until it is complete
+        self.side = side
+        self.count = Counter()                                 # pictures by split
+        self.boxes = 0                                         # how many stand for masks
         shutil.rmtree(self.part, ignore_errors=True)
+        self.files = {}
         for split in SPLITS:
-            (self.part / split / 'images').mkdir(parents=True)
-            (self.part / split / 'masks').mkdir()
-        self.files = {split: open(self.part / split / 'metadata.jsonl', 'w', encoding='utf-8')
-                      for split in SPLITS}
-        (self.part / 'classes.json').write_text(json.dumps({'mask_classes': classes}))
+            folder = self.part / split
+            (folder / 'images').mkdir(parents=True)
+            (folder / 'masks').mkdir()
+            self.files[split] = open(folder / 'metadata.jsonl', 'w', encoding='utf-8')
+        text = json.dumps({'mask_classes': classes})
+        (self.part / 'classes.json').write_text(text)
 
     def row(self, split: str, image, mask, objects=(), **said):
-        """image, mask: PIL, of one size; boxes [x0, y0, x1, y1) of objects in its pixels."""
+        """image, mask: PIL, of one size; objects: (name, box [x0, y0, x1, y1) in its pixels)."""
         scale = min(1, self.side / max(image.size))
         size = tuple(max(1, round(v * scale)) for v in image.size)
+        folder = self.part / split
         name = f'{self.count[split]:06d}.png'
-        image.convert('RGB').resize(size, Image.BOX).save(self.part / split / 'images' / name)
-        mask.resize(size, Image.NEAREST).save(self.part / split / 'masks' / name)
-        objects = [{'name': n, 'bbox': [round(v * scale, 1) for v in box]} for n, box in objects]
-        row = {'file_name': f'images/{name}', 'mask': f'masks/{name}', **said, 'objects': objects}
+        small = image.convert('RGB').resize(size, Image.BOX)
+        small.save(folder / 'images' / name)
+        small_mask = mask.resize(size, Image.NEAREST)
+        small_mask.save(folder / 'masks' / name)
+        found = []
+        for what, box in objects:
+            box = [round(v * scale, 1) for v in box]
+            found.append({'name': what, 'bbox': box})
+        row = {'file_name': f'images/{name}', 'mask': f'masks/{name}', **said, 'objects': found}
         self.files[split].write(json.dumps(row) + '\n')
         self.count[split] += 1
 
@@ -69,8 +82,8 @@ class Writer:
         return self
 
     def __exit__(self, kind, *_):
-        for f in self.files.values():
-            f.close()
+        for file in self.files.values():
+            file.close()
         empty = [split for split in SPLITS if not self.count[split]]
         if kind or empty:
             shutil.rmtree(self.part, ignore_errors=True)
@@ -81,18 +94,32 @@ class Writer:
         self.part.rename(self.out)
         if self.boxes:
             print(f'{self.boxes} objects have no polygon: their boxes stand for their masks')
-        print(f'wrote {self.out}: ' + ', '.join(f'{self.count[split]} {split}' for split in SPLITS))
+        counts = [f'{self.count[split]} {split}' for split in SPLITS]
+        print(f'wrote {self.out}: ' + ', '.join(counts))
 
+
+# ---- words ----
 def plural(name: str) -> str:
-    return name + ('es' if name.endswith(('s', 'x', 'ch', 'sh')) else 's')
+    if name.endswith(('s', 'x', 'ch', 'sh')):
+        return name + 'es'
+    return name + 's'
 
-def third(low: float, high: float, whole: float, names=('left', 'center', 'right')) -> str:
-    """Where the middle of low..high lies in 0..whole."""
-    return names[min(2, int(1.5 * (low + high) / whole))]
 
-def yes_no(thing: str, answer: bool):
-    return {'question': f'Is there a {thing} in the picture?', 'answer': ('no', 'yes')[answer],
-            'type': 'exist'}
+def third(low: float, high: float, whole: float) -> str:
+    """Where the middle of low..high, (low + high) / 2, lies in 0..whole."""
+    k = int(1.5 * (low + high) / whole)
+    return ('left', 'center', 'right')[min(2, k)]
+
+
+def question(kind: str, text: str, answer: str) -> dict:
+    """As it stands in metadata.jsonl."""
+    return {'question': text, 'answer': answer, 'type': kind}
+
+
+def yes_no(thing: str, there: bool) -> dict:
+    answer = 'yes' if there else 'no'
+    return question('exist', f'Is there a {thing} in the picture?', answer)
+
 
 # ---- Oxford-IIIT Pet ----
 def unpacked(folder: Path, name: str, tmp: Path) -> Path:
@@ -103,211 +130,381 @@ def unpacked(folder: Path, name: str, tmp: Path) -> Path:
     if not path.is_file():
         raise UserError(f'there is neither {folder / name}/ nor {path.name}: see -h for where to get it')
     with tarfile.open(path) as tar:
-        tar.extractall(tmp, filter='data')             # refuses paths and links that lead out
+        tar.extractall(tmp, filter='data')                     # refuses paths and links that lead out
     return tmp / name
 
+
+class Pet(NamedTuple):
+    """A line of trainval.txt, such as 'Abyssinian_100 1 1 1': file, class, species, breed in it."""
+    file: str
+    species: str               # cat or dog
+    breed: str
+
+
+def pets_in(path: Path) -> list[Pet]:
+    """Of an official list; lines that begin with # are comments."""
+    found = []
+    for line in path.read_text().splitlines():
+        if not line.strip() or line[0] == '#':
+            continue
+        file, _, number, *_ = line.split()
+        species = ('cat', 'dog')[int(number) - 1]
+        breed, _ = file.rsplit('_', 1)                         # without the number of the picture
+        found.append(Pet(file, species, breed.replace('_', ' ').lower()))
+    return found
+
+
 def pets(a):
+    """The command `pets`."""
     tmp = a.out.with_name(a.out.name + '.unpacked')
     try:
-        images, notes = (unpacked(a.downloads, name, tmp) for name in ('images', 'annotations'))
-        official = {name: [line.split() for line in (notes / f'{name}.txt').read_text().splitlines()
-                           if line.strip() and line[0] != '#'] for name in ('trainval', 'test')}
-        rng = random.Random(a.seed)
-        rng.shuffle(official['trainval']), rng.shuffle(official['test'])       # they are sorted by breed
-        held = len(official['trainval']) // 10
-        rows = {'train': official['trainval'][held:], 'validation': official['trainval'][:held],
-                'test': official['test']}
-        breeds = sorted({breed_of(row) for split in rows.values() for row in split})
-        with Writer(a.out, a.side, ['background', 'pet']) as writer:
-            for split in SPLITS:
-                for row in rows[split][:a.limit or None]:
-                    # 1 pet, 2 ground, 3 border
-                    trimap = np.array(Image.open(notes / 'trimaps' / f'{row[0]}.png'))
-                    mask = np.choose(np.clip(trimap, 1, 3) - 1, [1, 0, 255]).astype(np.uint8)
-                    image = Image.open(images / f'{row[0]}.jpg')
-                    if image.size != mask.shape[::-1]:
-                        raise UserError(f'{row[0]}: picture {image.size}, trimap {mask.shape[::-1]}: '
-                                        'download it again')
-                    writer.row(split, image, Image.fromarray(mask), **pet(row, mask, breeds, rng))
+        images = unpacked(a.downloads, 'images', tmp)
+        notes = unpacked(a.downloads, 'annotations', tmp)
+        write_pets(a, images, notes)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
-def breed_of(row):
-    """'Abyssinian_100 1 1 1': file, class, species (1 cat, 2 dog), breed in it -> (species, breed)."""
-    return ('cat', 'dog')[int(row[2]) - 1], row[0].rsplit('_', 1)[0].replace('_', ' ').lower()
 
-def pet(row, mask, breeds, rng) -> dict:
-    """Caption, questions and the one object of a photograph."""
-    species, breed = breed_of(row)
-    other = rng.choice([b for s, b in breeds if s == species and b != breed] or [breed])
+def write_pets(a, images: Path, notes: Path):
+    """From the unpacked folders."""
+    rng = random.Random(a.seed)
+    trainval = pets_in(notes / 'trainval.txt')
+    test = pets_in(notes / 'test.txt')
+    rng.shuffle(trainval)                                      # they are sorted by breed
+    rng.shuffle(test)
+    held = len(trainval) // 10
+    rows = {'train': trainval[held:], 'validation': trainval[:held], 'test': test}
+    breeds = sorted({(pet.species, pet.breed) for pet in trainval + test})
+    with Writer(a.out, a.side, ['background', 'pet']) as writer:
+        for split in SPLITS:
+            for pet in rows[split][:a.limit or None]:
+                mask = pet_mask(notes / 'trimaps' / f'{pet.file}.png')
+                image = Image.open(images / f'{pet.file}.jpg')
+                height, width = mask.shape
+                if image.size != (width, height):
+                    raise UserError(f'{pet.file}: picture {image.size}, trimap {(width, height)}: '
+                                    'download it again')
+                said = said_of_pet(pet, mask, breeds, rng)
+                writer.row(split, image, Image.fromarray(mask), **said)
+
+
+def pet_mask(path: Path):
+    """A trimap (1 pet, 2 ground, 3 border) -> classes: 1 pet, 0 background, 255 ignored."""
+    trimap = np.array(Image.open(path))
+    kinds = np.clip(trimap, 1, 3) - 1
+    return np.choose(kinds, [1, 0, 255]).astype(np.uint8)
+
+
+def said_of_pet(pet: Pet, mask, breeds: list, rng) -> dict:
+    """Caption, questions and the one object of a photograph; breeds: all (species, breed)."""
+    species, breed = pet.species, pet.breed
+    others = [name for kind, name in breeds if kind == species and name != breed]
+    other = rng.choice(others or [breed])
+    asked = rng.choice(('cat', 'dog'))
+    a, b = rng.sample([breed, other], 2)
+    qa = [
+        question('species', 'Is this a cat or a dog?', species),
+        question('breed', f'What breed is the {species}?', breed),
+        yes_no(asked, asked == species),
+        question('breed_choice', f'Is the {species} a {a} or a {b}?', breed),
+    ]
     y, x = np.nonzero(mask == 1)
-    qa = [{'question': 'Is this a cat or a dog?', 'answer': species, 'type': 'species'},
-          {'question': f'What breed is the {species}?', 'answer': breed, 'type': 'breed'},
-          yes_no(asked := rng.choice(('cat', 'dog')), asked == species)]
-    names = rng.sample([breed, other], 2)
-    qa.append({'question': f'Is the {species} a {names[0]} or a {names[1]}?', 'answer': breed,
-               'type': 'breed_choice'})
-    if not len(x):                                     # a few trimaps are all border
+    if len(x) == 0:                                            # a few trimaps are all border
         return {'caption': f'a {breed} {species}', 'qa': qa}
-    place, share = third(x.min(), x.max(), mask.shape[1]), (mask == 1).mean()
-    size = 'small' if share < .2 else 'large' if share > .45 else 'medium'
-    qa += [{'question': f'Where is the {species}?', 'answer': place, 'type': 'position'},
-           {'question': f'How large is the {species} in the picture?', 'answer': size, 'type': 'size'}]
+    height, width = mask.shape
+    place = third(x.min(), x.max(), width)
+    where = f'in the {place}' if place == 'center' else f'on the {place}'
+    size = size_word(len(x) / (height * width))
+    qa.append(question('position', f'Where is the {species}?', place))
+    qa.append(question('size', f'How large is the {species} in the picture?', size))
     box = [int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
-    return {'caption': f"a {size} {breed} {species} {'in' if place == 'center' else 'on'} the {place}",
-            'qa': qa, 'objects': [(f'{breed} {species}', box)]}
+    caption = f'a {size} {breed} {species} {where}'
+    return {'caption': caption, 'qa': qa, 'objects': [(f'{breed} {species}', box)]}
 
-# ---- COCO ----
-def coco(a):
-    names, files, said, pictures = {}, [], defaultdict(list), defaultdict(list)
-    for p in a.downloads.rglob('*'):
-        if p.suffix.lower() in ('.jpg', '.jpeg', '.png'):
-            pictures[p.name].append(p)
-    for f in sorted(a.downloads.rglob('*.json')):
-        if 'person_keypoints' in f.name:             # large, beside the instances in the official zip
-            continue
-        d = read_json(f)
-        if 'caption' in f.name:
-            for note in d['annotations']:
-                said[note['image_id']].append(' '.join(note['caption'].lower().strip(' .\n').split()))
-        elif 'categories' in d and ('instances' in f.name or 'images' in d):
-            names |= {c['id']: c['name'].lower() for c in d['categories']}
-            files.append((f, d))
-    if not files:
-        raise UserError(f'no instances_*.json under {a.downloads}: see -h for where to get it')
-    files = [(f, split_of(f.relative_to(a.downloads)), d, found) for f, d in files
-             if (found := located(f, d['images'], a.downloads, pictures))]
-    if not files:
-        raise UserError(f'no pictures of these annotations under {a.downloads}: '
-                        'see -h for where to get them')
-    count = Counter(names.get(n['category_id']) for _, _, d, _ in files for n in d['annotations'])
-    kept = a.classes.split(',') if a.classes else [name for name, _ in count.most_common() if name]
-    if unknown := [k for k in kept if k not in names.values()]:
-        raise UserError(f'--classes names {unknown[0]!r}; there are: '
-                        f'{", ".join(sorted(names.values())):.300}')
-    there, rng = {split for _, split, _, _ in files}, random.Random(a.seed)
-    with Writer(a.out, a.side, ['background', *kept]) as writer:
-        for f, split, d, found in files:
-            notes = defaultdict(list)
-            for n in d['annotations']:
-                if names.get(n['category_id']) in kept:
-                    notes[n['image_id']].append(n)
-            for k, im in enumerate(sorted((im for im in d['images'] if im['id'] in found),
-                                          key=lambda im: im['id'])):
-                goes = dealt(split, k, there)
-                if not notes[im['id']] or a.limit and writer.count[goes] >= a.limit:
-                    continue
-                try:
-                    write_coco(writer, goes, found[im['id']], im, notes[im['id']], names, kept,
-                               said[im['id']], rng)
-                except (LookupError, TypeError, ValueError) as e:
-                    raise UserError(f"{f}: annotations of picture {im['id']} ({im['file_name']}): "
-                                    f"{e!r:.100}")
 
-def split_of(path: Path) -> str:
-    """The split that the name or the folder of a file of annotations tells, else train."""
-    return next((s for s in SPLITS for part in reversed(path.parts)
-                 if s[:5 if s == 'train' else 3] in part.lower()), 'train')
+def size_word(share: float) -> str:
+    """Of something that covers this share of the picture."""
+    if share < .2:
+        return 'small'
+    return 'large' if share > .45 else 'medium'
 
-def dealt(split: str, k: int, there: set) -> str:
-    """Splits that no file is for get every tenth picture of the training file, or of the only file."""
-    lacking = ['validation', 'test'] if len(there) == 1 else [s for s in SPLITS if s not in there]
-    return dict(zip((9, 8), lacking)).get(k % 10, 'train') if split == 'train' or len(there) == 1 \
-        else split
 
-def located(f: Path, images: list, root: Path, pictures: dict) -> dict:
-    """{id: path} of the pictures of a file of annotations that are there: by their path from the file's
-    folder, else by the only picture under root whose path ends so (or, of several, in a folder of that
-    split). pictures: {name: paths under root}."""
-    found, split = {}, split_of(f.relative_to(root))
-    for im in images:
-        tail = PurePosixPath(im['file_name'])
-        named = pictures[tail.name]
-        paths = [p for p in named if p.parts[-len(tail.parts):] == tail.parts] or named
-        if (f.parent / tail).is_file():
-            paths = [f.parent / tail]
-        elif len(paths) > 1:
-            paths = [p for p in paths if split_of(p.relative_to(root).parent / 'x') == split]
-        if len(paths) > 1:
-            raise UserError(f"{f}: {im['file_name']} may be {paths[0]} or {paths[1]}: rename one")
-        if paths:
-            found[im['id']] = paths[0]
-    if len(found) < len(images):
-        print(f'{f}: {len(images) - len(found)} of {len(images)} pictures are not there and left out')
-    return found
+# ---- COCO: which files there are, and which split each belongs to ----
+class Notes(NamedTuple):
+    """A file of annotations."""
+    path: Path
+    split: str
+    content: dict
+    pictures: dict             # {id: path} of those that are there
+
 
 def read_json(path: Path) -> dict:
     try:
-        d = json.loads(path.read_text('utf-8'))
-        if type(d) is not dict:
+        content = json.loads(path.read_text('utf-8'))
+        if type(content) is not dict:
             raise ValueError('not an object')
-        return d
+        return content
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path} is not whole JSON of COCO ({e}): download it again')
 
-def write_coco(writer, split, path, im, notes, names, kept, captions, rng):
-    """One picture: objects are painted from the largest to the smallest, crowds are ignored (255)."""
-    image = Image.open(path)
-    if image.size != (im.get('width', image.width), im.get('height', image.height)):
-        raise ValueError(f"the picture is {image.size}, annotated as {im['width'], im['height']}")
-    mask, found = Image.new('L', image.size), []
-    paint = ImageDraw.Draw(mask)
-    for n in sorted(notes, key=lambda n: -n['bbox'][2] * n['bbox'][3]):
-        ink, (x, y, w, h) = 1 + kept.index(names[n['category_id']]), n['bbox']
-        if n.get('iscrowd'):
-            paint.rectangle((x, y, x + w, y + h), 255)
+
+def in_one_line(caption: str) -> str:
+    """In small letters, without its full stop."""
+    return ' '.join(caption.lower().strip(' .\n').split())
+
+
+def read_downloads(root: Path):
+    """All files of annotations under a folder -> ({number of a category: its name}, [(path, content)],
+    {id of a picture: its captions})."""
+    names, files, said = {}, [], defaultdict(list)
+    for path in sorted(root.rglob('*.json')):
+        if 'person_keypoints' in path.name:                    # large, beside the instances in the zip
             continue
-        shape = n.get('segmentation')
-        if isinstance(shape, list) and shape:
-            for ring in shape:
-                paint.polygon([round(v) for v in ring], ink)
-        elif shape and isinstance(shape['counts'], list):      # run lengths down the columns, 0 first
-            runs = np.repeat(np.arange(len(shape['counts'])) % 2, shape['counts'])
-            inside = runs.reshape(shape['size'][::-1]).T.astype(np.uint8) * 255
-            mask.paste(ink, (0, 0), Image.fromarray(inside))
-        else:                                                  # compressed runs or none: the box
-            paint.rectangle((x, y, x + w, y + h), ink)
+        content = read_json(path)
+        if 'caption' in path.name:
+            for note in content['annotations']:
+                caption = in_one_line(note['caption'])
+                said[note['image_id']].append(caption)
+        elif 'categories' in content and ('instances' in path.name or 'images' in content):
+            for category in content['categories']:
+                names[category['id']] = category['name'].lower()
+            files.append((path, content))
+    if not files:
+        raise UserError(f'no instances_*.json under {root}: see -h for where to get it')
+    return names, files, said
+
+
+def split_of(path: Path) -> str:
+    """The split that the name or the folder of a file of annotations tells, else train."""
+    for split, start in (('train', 'train'), ('validation', 'val'), ('test', 'tes')):
+        for part in path.parts:
+            if start in part.lower():
+                return split
+    return 'train'
+
+
+def dealt(split: str, k: int, there: set) -> str:
+    """The split that picture k of a file goes to: splits that no file is for get every tenth picture of
+    the training file, or of the only file."""
+    alone = len(there) == 1
+    if split != 'train' and not alone:
+        return split
+    lacking = [name for name in SPLITS if name not in there]
+    if alone:
+        lacking = ['validation', 'test']
+    tenths = dict(zip((9, 8), lacking))
+    return tenths.get(k % 10, 'train')
+
+
+def pictures_under(root: Path) -> dict:
+    """{name: paths}."""
+    found = defaultdict(list)
+    for path in root.rglob('*'):
+        if path.suffix.lower() in ('.jpg', '.jpeg', '.png'):
+            found[path.name].append(path)
+    return found
+
+
+def located(notes: Path, images: list, root: Path, pictures: dict) -> dict:
+    """{id: path} of the pictures of a file of annotations that are there: by their path from the file's
+    folder, else by the only picture under root whose path ends so (or, of several, in a folder of that
+    split). pictures: {name: paths under root}."""
+    found = {}
+    split = split_of(notes.relative_to(root))
+    for im in images:
+        tail = PurePosixPath(im['file_name'])
+        named = pictures[tail.name]
+        ends = len(tail.parts)
+        paths = [path for path in named if path.parts[-ends:] == tail.parts] or named
+        beside = notes.parent / tail
+        if beside.is_file():
+            paths = [beside]
+        elif len(paths) > 1:
+            paths = [path for path in paths if split_of(path.parent.relative_to(root) / 'x') == split]
+        if len(paths) > 1:
+            a, b, *_ = paths
+            raise UserError(f"{notes}: {im['file_name']} may be {a} or {b}: rename one")
+        if paths:
+            found[im['id']] = paths[0]
+    lacking = len(images) - len(found)
+    if lacking:
+        print(f'{notes}: {lacking} of {len(images)} pictures are not there and left out')
+    return found
+
+
+def chosen_classes(a, names: dict, files: list[Notes]) -> list:
+    """Those that were asked for, or all, the most frequent first."""
+    if not a.classes:
+        count = Counter()
+        for notes in files:
+            for n in notes.content['annotations']:
+                count[names.get(n['category_id'])] += 1
+        return [name for name, _ in count.most_common() if name]
+    kept = a.classes.split(',')
+    unknown = [name for name in kept if name not in names.values()]
+    if unknown:
+        known = ', '.join(sorted(names.values()))
+        raise UserError(f'--classes names {unknown[0]!r}; there are: {known:.300}')
+    return kept
+
+
+# ---- COCO: one picture after the other ----
+def coco(a):
+    """The command `coco`."""
+    names, contents, said = read_downloads(a.downloads)
+    pictures = pictures_under(a.downloads)
+    files = []
+    for path, content in contents:
+        found = located(path, content['images'], a.downloads, pictures)
+        if found:
+            split = split_of(path.relative_to(a.downloads))
+            files.append(Notes(path, split, content, found))
+    if not files:
+        raise UserError(f'no pictures of these annotations under {a.downloads}: '
+                        'see -h for where to get them')
+    kept = chosen_classes(a, names, files)
+    there = {notes.split for notes in files}
+    rng = random.Random(a.seed)
+    with Writer(a.out, a.side, ['background', *kept]) as writer:
+        for notes in files:
+            objects = objects_in(notes.content, names, kept)
+            images = [im for im in notes.content['images'] if im['id'] in notes.pictures]
+            images.sort(key=lambda im: im['id'])
+            for k, im in enumerate(images):
+                goes = dealt(notes.split, k, there)
+                full = a.limit and writer.count[goes] >= a.limit
+                if not objects[im['id']] or full:
+                    continue
+                try:
+                    path = notes.pictures[im['id']]
+                    write_coco(writer, goes, path, im, objects[im['id']], kept, said[im['id']], rng)
+                except (LookupError, TypeError, ValueError) as e:
+                    raise UserError(f"{notes.path}: annotations of picture {im['id']} "
+                                    f"({im['file_name']}): {e!r:.100}")
+
+
+def objects_in(content: dict, names: dict, kept: list) -> dict:
+    """{id of a picture: [(name of the class, annotation)]}."""
+    found = defaultdict(list)
+    for n in content['annotations']:
+        name = names.get(n['category_id'])
+        if name in kept:
+            found[n['image_id']].append((name, n))
+    return found
+
+
+def write_coco(writer, split, path, im, objects, kept, captions, rng):
+    """One picture. Objects are painted from the largest to the smallest; crowds are ignored (255)."""
+    image = Image.open(path)
+    width, height = image.size
+    if image.size != (im.get('width', width), im.get('height', height)):
+        raise ValueError(f"the picture is {image.size}, annotated as {im['width'], im['height']}")
+    mask = Image.new('L', image.size)
+    found, crowd = [], False                                   # found: (name, [x0, y0, x1, y1])
+    for name, n in sorted(objects, key=area_of_box, reverse=True):
+        x, y, w, h = n['bbox']
+        if n.get('iscrowd'):
+            crowd = True
+            ImageDraw.Draw(mask).rectangle((x, y, x + w, y + h), 255)
+            continue
+        ink = 1 + kept.index(name)
+        if not painted(mask, n.get('segmentation'), ink):      # compressed or none: the box
+            ImageDraw.Draw(mask).rectangle((x, y, x + w, y + h), ink)
             writer.boxes += 1
         if w > 0 and h > 0:
-            found.append((names[n['category_id']], [max(0, x), max(0, y), min(image.width, x + w),
-                                                    min(image.height, y + h)]))
-    writer.row(split, image, mask, found, caption=next(filter(None, captions), listed(found)),
-               qa=asked(found, kept, image.size, rng, any(n.get('iscrowd') for n in notes)))
+            box = [max(0, x), max(0, y), min(width, x + w), min(height, y + h)]
+            found.append((name, box))
+    told = [caption for caption in captions if caption]
+    caption = told[0] if told else listed(found)
+    qa = asked(found, kept, width, rng, crowd)
+    writer.row(split, image, mask, found, caption=caption, qa=qa)
 
-def listed(found) -> str:
+
+def area_of_box(named: tuple) -> float:
+    """Of (name, annotation)."""
+    _, n = named
+    return n['bbox'][2] * n['bbox'][3]
+
+
+def painted(mask, shape, ink: int) -> bool:
+    """Paint what COCO calls a segmentation, polygons or plain run lengths; False: it is neither."""
+    if isinstance(shape, list) and shape:
+        paint = ImageDraw.Draw(mask)
+        for ring in shape:
+            corners = [round(v) for v in ring]
+            paint.polygon(corners, ink)
+        return True
+    if shape and isinstance(shape['counts'], list):            # down the columns, first of 0, then of 1
+        lengths = shape['counts']
+        bits = np.arange(len(lengths)) % 2
+        width_and_height = shape['size'][::-1]
+        runs = np.repeat(bits, lengths).reshape(width_and_height).T
+        inside = Image.fromarray(runs.astype(np.uint8) * 255)
+        mask.paste(ink, (0, 0), inside)
+        return True
+    return False
+
+
+def listed(found: list) -> str:
     """'a dog, a car and two persons': the five largest kinds."""
-    many = list(Counter(name for name, _ in found).items())[:5]
-    words = [f'a {name}' if k == 1 else f'{data.NUMBERS[k] if k < 5 else "many"} {plural(name)}'
-             for name, k in many]
+    count = Counter(name for name, _ in found)
+    words = []
+    for name, n in list(count.items())[:5]:
+        if n == 1:
+            words.append(f'a {name}')
+        else:
+            number = data.NUMBERS[n] if n < 5 else 'many'
+            words.append(f'{number} {plural(name)}')
     return ' and '.join(', '.join(words).rsplit(', ', 1))
 
-def asked(found, kept, size, rng, crowd: bool) -> list:
-    """Existence (one yes, one no), counting up to four, where things are, relation and size of pairs."""
-    count, qa = Counter(name for name, _ in found), []
+
+def asked(found: list, kept: list, width: int, rng, crowd: bool) -> list:
+    """Existence (one yes, one no), counting up to four, where things are, relation and size of pairs.
+    In a crowd nothing is counted, and what was not found may be there."""
+    count = Counter(name for name, _ in found)
+    there = sorted(count)
+    absent = sorted(set(kept) - set(count))
+    qa = []
     if found:
-        qa.append(yes_no(rng.choice(sorted(count)), True))
-    if absent := sorted(set(kept) - set(count)):
-        qa += [yes_no(rng.choice(absent), False)] * (not crowd)
-    alone = {name: box for name, box in found if count[name] == 1}
-    for name in rng.sample(sorted(count), min(2, len(count))):
+        qa.append(yes_no(rng.choice(there), True))
+    if absent:
+        name = rng.choice(absent)
+        if not crowd:
+            qa.append(yes_no(name, False))
+    for name in rng.sample(there, min(2, len(there))):
         if count[name] <= 4 and not crowd:
-            qa.append({'question': f'How many {plural(name)} are there?', 'answer': str(count[name]),
-                       'type': 'count'})
-    for name in rng.sample(sorted(alone), min(1, len(alone))):
-        x0, _, x1, _ = alone[name]
-        qa.append({'question': f'Where is the {name}?', 'answer': third(x0, x1, size[0]),
-                   'type': 'position'})
+            qa.append(question('count', f'How many {plural(name)} are there?', str(count[name])))
+    box_of = {name: box for name, box in found if count[name] == 1}
+    alone = sorted(box_of)                                     # a name means one object
+    if alone:
+        name, = rng.sample(alone, 1)
+        x0, _, x1, _ = box_of[name]
+        qa.append(question('position', f'Where is the {name}?', third(x0, x1, width)))
     if len(alone) > 1:
-        (a, p), (b, q) = ((name, alone[name]) for name in rng.sample(sorted(alone), 2))
-        if p[2] <= q[0] or q[2] <= p[0]:               # boxes side by side
-            qa.append({'question': f'Is the {a} to the left or right of the {b}?',
-                       'answer': 'left' if p[2] <= q[0] else 'right', 'type': 'relation'})
-        area = [(box[2] - box[0]) * (box[3] - box[1]) for box in (p, q)]
-        if max(area) > 1.8 * min(area):
-            qa.append({'question': f'Which is larger in the picture, the {a} or the {b}?',
-                       'answer': a if area[0] > area[1] else b, 'type': 'larger'})
+        a, b = rng.sample(alone, 2)
+        qa += compared(a, b, box_of)
     return qa
 
+
+def compared(a: str, b: str, box_of: dict) -> list:
+    """Questions about two objects: which is where, if they are side by side, and which is larger, if
+    that is clear."""
+    qa = []
+    left_of_a, top_of_a, right_of_a, bottom_of_a = box_of[a]
+    left_of_b, top_of_b, right_of_b, bottom_of_b = box_of[b]
+    if right_of_a <= left_of_b or right_of_b <= left_of_a:
+        answer = 'left' if right_of_a <= left_of_b else 'right'
+        qa.append(question('relation', f'Is the {a} to the left or right of the {b}?', answer))
+    area_of_a = (right_of_a - left_of_a) * (bottom_of_a - top_of_a)
+    area_of_b = (right_of_b - left_of_b) * (bottom_of_b - top_of_b)
+    if max(area_of_a, area_of_b) > 1.8 * min(area_of_a, area_of_b):
+        answer = a if area_of_a > area_of_b else b
+        text = f'Which is larger in the picture, the {a} or the {b}?'
+        qa.append(question('larger', text, answer))
+    return qa
+
+
+# ---- command line ----
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -329,6 +526,7 @@ def main(argv=None):
     if a.side < 16 or a.limit < 0:
         raise UserError(f'--side is {a.side}, --limit {a.limit}: 16 pixels or more, no negatives')
     a.run(a)
+
 
 if __name__ == '__main__':
     data.guard(main)

@@ -61,11 +61,12 @@ def shuffled(maps):
     return maps.roll(1, 0)
 
 
-def maps_first(step: int, steps: int):
-    """As train.mixed: maps alone in the first half, questions alone in the second, as much in all."""
-    if step < steps / 2:
+def maps_first(s: train.Settings, step: int):
+    """As train.mixed: all maps in the first half of the stage, then all questions, late ones last."""
+    share = step / s.post_steps
+    if share < .5:
         return 0, 2, False
-    return 2, 0, step >= .75 * steps
+    return 2, 0, share >= (1 + s.late_from) / 2
 
 
 MAP_ARMS = ('edge', 'recon', 'denoise', 'deblur', 'superres', 'inpaint', 'depth', 'instance', 'seg')

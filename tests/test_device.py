@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import leave_out, same_bits, weights
 from PIL import Image
-from test_folder import write as write_pictures
+from test_folder import original  # a fixture: a folder of pictures
 
 import data
 import eval as evaluation
@@ -215,12 +215,11 @@ def test_losses_and_gradients_of_all_maps(device, world, proxy):
     assert losses(device, world.text, proxy, **other) == pytest.approx(here, rel=1e-3)
 
 
-def test_real_pictures(run_there, device, tmp_path, monkeypatch):
+def test_real_pictures(run_there, device, original, monkeypatch):
     """Evaluated as the procedural world is; here a small network judges the drawings."""
     monkeypatch.setattr(evaluation, 'Reader', partial(evaluation.Reader, steps=2, B=8))
     tok, umm, text, _, _ = model.load(run_there / 'model.safetensors', device)
-    root = write_pictures(tmp_path / 'set')
-    world = Folder(root, 16, 0, device, text)
+    world = Folder(original, 16, 0, device, text)
     scores = evaluation.evaluate(umm, tok, world, 16)
     assert scores['generation'].keys() == {'mean', 'verifier', 'ceiling', 'other'}
     assert scores['segmentation']['miou']['n'] > 0

@@ -1,5 +1,4 @@
 """Converters on tiny fakes of the official layouts; what they write is read by folder.Folder."""
-
 import io
 import json
 import tarfile
@@ -13,200 +12,251 @@ from experiments import prepare
 from folder import Folder
 
 
+def rows_of(out, split='train') -> list[dict]:
+    text = (out / split / 'metadata.jsonl').read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def noise(rng):
+    """A picture of 60 x 40 pixels."""
+    pixels = rng.integers(0, 255, (40, 60, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+# ---- Oxford-IIIT Pet ----
+def add(tar, name: str, content: bytes):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def file_of(image, kind: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def trimap(i: int):
+    """A pet of 20 x 20 pixels on the left; one picture has none, as in the original."""
+    pixels = np.full((40, 60), 2, np.uint8)
+    if i != 5:
+        pixels[9:31, 4:26] = 3                             # the border
+        pixels[10:30, 5:25] = 1
+    return Image.fromarray(pixels)
+
+
 @pytest.fixture
 def pets(tmp_path):
     """images.tar.gz and annotations.tar.gz as Oxford serves them: 20 trainval and 4 test pictures."""
     root = tmp_path / 'downloads'
     root.mkdir()
     rng = np.random.default_rng(0)
-    lines = [
-        f'{"Abyssinian" if i % 2 else "great_pyrenees"}_{i} {1 + i % 2} {2 - i % 2} 1' for i in range(24)
-    ]
-    with (
-        tarfile.open(root / 'images.tar.gz', 'w:gz') as images,
-        tarfile.open(root / 'annotations.tar.gz', 'w:gz') as notes,
-    ):
-
-        def add(tar, name, content):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-        def picture(array, kind):
-            out = io.BytesIO()
-            Image.fromarray(array).save(out, kind)
-            return out.getvalue()
-
-        for i, line in enumerate(lines):
-            name = line.split()[0]
-            add(
-                images,
-                f'images/{name}.jpg',
-                picture(rng.integers(0, 255, (40, 60, 3)).astype(np.uint8), 'JPEG'),
-            )
-            trimap = np.full((40, 60), 2, np.uint8)
-            if i != 5:  # as in the original, a picture without a pet pixel
-                trimap[9:31, 4:26], trimap[10:30, 5:25] = 3, 1
-            add(notes, f'annotations/trimaps/{name}.png', picture(trimap, 'PNG'))
-        add(notes, 'annotations/trainval.txt', '\n'.join(['# comment', *lines[:20]]).encode())
-        add(notes, 'annotations/test.txt', '\n'.join(lines[20:]).encode())
+    lines = []
+    images = tarfile.open(root / 'images.tar.gz', 'w:gz')
+    notes = tarfile.open(root / 'annotations.tar.gz', 'w:gz')
+    with images, notes:
+        for i in range(24):
+            name, numbers = f'great_pyrenees_{i}', '1 2 1'
+            if i % 2:
+                name, numbers = f'Abyssinian_{i}', '2 1 1'
+            lines.append(f'{name} {numbers}')
+            add(images, f'images/{name}.jpg', file_of(noise(rng), 'JPEG'))
+            add(notes, f'annotations/trimaps/{name}.png', file_of(trimap(i), 'PNG'))
+        trainval = '\n'.join(['# comment', *lines[:20]])
+        add(notes, 'annotations/trainval.txt', trainval.encode())
+        test = '\n'.join(lines[20:])
+        add(notes, 'annotations/test.txt', test.encode())
     return root
 
 
 def test_pets(pets, tmp_path, capsys):
-    prepare.main(['pets', str(pets), str(tmp_path / 'out'), '--side', '30'])
+    out = tmp_path / 'out'
+    prepare.main(['pets', str(pets), str(out), '--side', '30'])
     assert '18 train, 2 validation, 4 test' in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['downloads', 'out']  # nothing temporary stays
-    rows = [
-        json.loads(x)
-        for s in prepare.SPLITS
-        for x in (tmp_path / 'out' / s / 'metadata.jsonl').read_text().splitlines()
-    ]
-    row = next(r for r in rows if 'great pyrenees' in r['caption'] and r['objects'])
-    assert row['caption'] == 'a small great pyrenees dog on the left'
-    assert row['objects'] == [{'name': 'great pyrenees dog', 'bbox': [2.5, 5.0, 12.5, 15.0]}]
-    answers = {q['type']: q['answer'] for q in row['qa']}
-    assert (
-        answers['species'] == 'dog'
-        and answers['position'] == 'left'
-        and answers['breed'] == 'great pyrenees'
-    )
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {'downloads', 'out'}                    # nothing temporary stays
+    dogs, cats = [], []
+    for split in prepare.SPLITS:
+        for row in rows_of(out, split):
+            if row['objects']:
+                kind = dogs if 'great pyrenees' in row['caption'] else cats
+                kind.append(row)
+    assert len(dogs) == 12
+    assert len(cats) == 11                                 # one has no pet pixel
+    for row in dogs:
+        assert row['caption'] == 'a small great pyrenees dog on the left'
+        assert row['objects'] == [{'name': 'great pyrenees dog', 'bbox': [2.5, 5., 12.5, 15.]}]
+        answers = {q['type']: q['answer'] for q in row['qa']}
+        assert answers.pop('exist') in ('yes', 'no')
+        assert answers == {'species': 'dog', 'position': 'left', 'breed': 'great pyrenees',
+                           'breed_choice': 'great pyrenees', 'size': 'small'}
+
+
+def test_pets_are_read(pets, tmp_path):
+    prepare.main(['pets', str(pets), str(tmp_path / 'out'), '--side', '30'])
     world = Folder(tmp_path / 'out', 16)
-    assert set(world.maps) == {'seg', 'edge'} and world.captions
-    assert set(world.scenes('test', 0, 4)[1].classes.unique().tolist()) == {0, 1, 255}
+    assert world.annotated == ('classes',)
+    assert world.targets == ['seg', 'edge', 'recon']
+    assert world.captions
+    assert {'species', 'breed', 'breed_choice', 'exist'} < set(world.kinds)
+    _, r, _ = world.scenes('test', 'reading', 0, 4)
+    assert set(r.classes.unique().tolist()) == {0, 1, 255}
+
+
+# ---- COCO ----
+KINDS = [
+    {'id': 7, 'name': 'dog'},
+    {'id': 9, 'name': 'cup'},
+    {'id': 11, 'name': 'kite'},
+]
+DOG = {'category_id': 7, 'iscrowd': 0, 'area': 400, 'bbox': [2, 10, 20, 20],
+       'segmentation': [[2, 10, 22, 10, 22, 30, 2, 30]]}
+# run lengths down the columns: two of eight pixels each, at x = 40
+CUP = {'category_id': 9, 'iscrowd': 0, 'area': 16, 'bbox': [40, 4, 2, 8],
+       'segmentation': {'counts': [1604, 8, 32, 8, 748], 'size': [40, 60]}}
+CUPS = {'category_id': 9, 'iscrowd': 1, 'area': 9, 'bbox': [50, 30, 5, 5], 'segmentation': {}}
 
 
 @pytest.fixture
 def coco(tmp_path):
+    """20 pictures with a dog on the left and a cup on the right, the first with a crowd of cups too."""
     root = tmp_path / 'downloads'
     (root / 'pictures').mkdir(parents=True)
     rng = np.random.default_rng(0)
     images, notes, captions = [], [], []
     for i in range(20):
-        Image.fromarray(rng.integers(0, 255, (40, 60, 3)).astype(np.uint8)).save(
-            root / 'pictures' / f'{i}.jpg'
-        )
-        images.append({'id': i, 'file_name': f'{i}.jpg', 'width': 60, 'height': 40})
-        runs = [40 * 40 + 4, 8, 32, 8, 2400 - 40 * 40 - 52]  # two columns of eight pixels at x = 40
-        notes += [
-            {'image_id': i, 'category_id': 7, 'iscrowd': 0, 'area': 400, 'bbox': [2, 10, 20, 20],
-             'segmentation': [[2, 10, 22, 10, 22, 30, 2, 30]]},
-            {'image_id': i, 'category_id': 9, 'iscrowd': 0, 'area': 16, 'bbox': [40, 4, 2, 8],
-             'segmentation': {'counts': runs, 'size': [40, 60]}},
-        ]  # fmt: skip
+        name = f'{i}.jpg'
+        noise(rng).save(root / 'pictures' / name)
+        images.append({'id': i, 'file_name': name, 'width': 60, 'height': 40})
+        notes.append({'image_id': i, **DOG})
+        notes.append({'image_id': i, **CUP})
         captions.append({'image_id': i, 'caption': 'A Dog near a cup. '})
-    notes.append(
-        {
-            'image_id': 0,
-            'category_id': 9,
-            'iscrowd': 1,
-            'area': 9,
-            'bbox': [50, 30, 5, 5],
-            'segmentation': {},
-        }
-    )
-    kinds = [{'id': 7, 'name': 'dog'}, {'id': 9, 'name': 'cup'}, {'id': 11, 'name': 'kite'}]
-    (root / 'instances_val2017.json').write_text(
-        json.dumps({'images': images, 'annotations': notes, 'categories': kinds})
-    )
+    notes.append({'image_id': 0, **CUPS})
+    content = {'images': images, 'annotations': notes, 'categories': KINDS}
+    (root / 'instances_val2017.json').write_text(json.dumps(content))
     (root / 'captions_val2017.json').write_text(json.dumps({'annotations': captions}))
     return root
 
 
-def test_coco(coco, tmp_path, capsys):
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+def content_of(coco) -> dict:
+    return json.loads((coco / 'instances_val2017.json').read_text())
+
+
+def test_coco_texts(coco, tmp_path, capsys):
+    out = tmp_path / 'out'
+    prepare.main(['coco', str(coco), str(out), '--side', '60'])
     assert '16 train, 2 validation, 2 test' in capsys.readouterr().out
-    rows = [json.loads(x) for x in (tmp_path / 'out/train/metadata.jsonl').read_text().splitlines()]
-    assert rows[1]['caption'] == 'a dog near a cup'
-    assert {o['name'] for o in rows[1]['objects']} == {'dog', 'cup'}
-    types = {q['type']: q for q in rows[1]['qa']}
-    assert types.keys() >= {'exist', 'count', 'position', 'relation', 'larger'}
-    assert types['relation']['answer'] == (
-        'left' if types['relation']['question'].startswith('Is the dog') else 'right'
-    )
-    assert types['larger']['answer'] == 'dog'
-    mask = np.array(Image.open(tmp_path / 'out/train' / rows[0]['mask']))
-    names = json.loads((tmp_path / 'out/classes.json').read_text())['mask_classes']
-    assert (mask[12:28, 4:20] == names.index('dog')).all() and (
-        mask[4:12, 40:42] == names.index('cup')
-    ).all()
-    assert (mask == names.index('cup')).sum() == 16 and (mask[31:34, 51:54] == 255).all()
-    assert Folder(tmp_path / 'out', 16).kinds == ('count', 'exist', 'larger', 'position', 'relation')
+    for row in rows_of(out)[1:]:
+        assert row['caption'] == 'a dog near a cup'
+        names = {o['name'] for o in row['objects']}
+        assert names == {'dog', 'cup'}
+        asked = {q['type']: q for q in row['qa']}
+        assert asked.keys() == {'exist', 'count', 'position', 'relation', 'larger'}
+        assert asked['count']['answer'] == '1'
+        assert asked['larger']['answer'] == 'dog'
+        about_the_dog = asked['relation']['question'].startswith('Is the dog')
+        side = 'left' if about_the_dog else 'right'
+        assert asked['relation']['answer'] == side
+    assert Folder(out, 16).kinds == ('count', 'exist', 'larger', 'position', 'relation')
+
+
+def test_in_a_crowd_nothing_is_counted_or_denied(coco, tmp_path):
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    first = rows_of(tmp_path / 'out')[0]
+    asked = [(q['type'], q['answer']) for q in first['qa']]
+    assert ('exist', 'yes') in asked
+    assert ('exist', 'no') not in asked
+    assert 'count' not in dict(asked)
+
+
+def test_coco_masks(coco, tmp_path):
+    out = tmp_path / 'out'
+    prepare.main(['coco', str(coco), str(out), '--side', '60'])
+    names = json.loads((out / 'classes.json').read_text())['mask_classes']
+    dog, cup = names.index('dog'), names.index('cup')
+    path = out / 'train' / rows_of(out)[0]['mask']
+    mask = np.array(Image.open(path))
+    assert (mask[12:28, 4:20] == dog).all()
+    assert (mask[4:12, 40:42] == cup).all()
+    assert (mask == cup).sum() == 16                       # and nowhere else
+    assert (mask[31:34, 51:54] == 255).all()               # the crowd is ignored
 
 
 def test_coco_without_captions_lists_the_objects(coco, tmp_path):
     (coco / 'captions_val2017.json').unlink()
     prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--classes', 'cup', '--limit', '2'])
-    row = json.loads((tmp_path / 'out/train/metadata.jsonl').read_text().splitlines()[0])
-    assert row['caption'] == 'a cup'
-
-
-def test_bad_downloads_are_named_and_nothing_is_written(tmp_path, pets):
-    for words, what in (
-        (['pets', str(tmp_path / 'none'), 'x'], 'none'),
-        (['pets', str(tmp_path), str(tmp_path / 'x')], 'images'),
-        (['coco', str(pets), str(tmp_path / 'x')], 'instances'),
-        (['pets', str(pets), str(pets)], 'there already'),
-        (['pets', str(pets), str(tmp_path / 'x'), '--side', '3'], '--side is 3'),
-    ):
-        with pytest.raises(UserError, match=what):
-            prepare.main(words)
-    Image.new('RGB', (9, 9)).save(pets / 'x.png')
-    (pets / 'instances.json').write_text('{"images": [')
-    with pytest.raises(UserError, match='not whole JSON'):
-        prepare.main(['coco', str(pets), str(tmp_path / 'x')])
-    assert not (tmp_path / 'x').exists()
+    rows = rows_of(tmp_path / 'out')
+    assert [row['caption'] for row in rows] == ['a cup', 'a cup']
 
 
 def test_exports_with_splits_in_folders_and_equal_names(coco, tmp_path):
-    """As Roboflow writes them: train, valid and test, each with its annotations and its own 0.jpg."""
-    d = json.loads((coco / 'instances_val2017.json').read_text())
+    """As Roboflow writes them: train, valid and test, each with its annotations and its own 0.png."""
+    content = content_of(coco)
+    for im in content['images']:
+        im['file_name'] = f"{im['id']}.png"
     root = tmp_path / 'export'
-    for k, split in enumerate(('train', 'valid', 'test')):
+    reds = {'train': 0, 'valid': 80, 'test': 160}          # tell the splits apart
+    for split, red in reds.items():
         (root / split).mkdir(parents=True)
-        (root / split / '_annotations.coco.json').write_text(json.dumps(d))
-        for im in d['images']:
-            Image.new('RGB', (60, 40), (80 * k, im['id'], 0)).save(
-                root / split / im['file_name'].replace('jpg', 'png')
-            )
-            im['file_name'] = im['file_name'].replace('jpg', 'png')
-        (root / split / '_annotations.coco.json').write_text(json.dumps(d))
+        for im in content['images']:
+            picture = Image.new('RGB', (60, 40), (red, im['id'], 0))
+            picture.save(root / split / im['file_name'])
+        (root / split / '_annotations.coco.json').write_text(json.dumps(content))
     prepare.main(['coco', str(root), str(tmp_path / 'out')])
-    for k, split in enumerate(prepare.SPLITS):
-        rows = (tmp_path / 'out' / split / 'metadata.jsonl').read_text().splitlines()
+    for split, red in zip(prepare.SPLITS, reds.values()):
+        rows = rows_of(tmp_path / 'out', split)
         assert len(rows) == 20
         for row in rows:
-            assert (
-                Image.open(tmp_path / 'out' / split / json.loads(row)['file_name']).getpixel((0, 0))[0]
-                == 80 * k
-            )
+            picture = Image.open(tmp_path / 'out' / split / row['file_name'])
+            assert picture.getpixel((0, 0))[0] == red
 
 
-def test_annotations_without_pictures_and_with_errors(coco, tmp_path, capsys):
-    d = json.loads((coco / 'instances_val2017.json').read_text())
-    more = d | {
-        'images': [
-            {'id': 900 + i, 'file_name': f'none{i}.jpg', 'width': 9, 'height': 9} for i in range(5)
-        ]
-    }
-    (coco / 'instances_train2017.json').write_text(
-        json.dumps(more)
-    )  # as in the official zip beside val2017
+# ---- what is wrong with downloads ----
+def refused(words: list, match: str):
+    with pytest.raises(UserError, match=match):
+        prepare.main([str(word) for word in words])
+
+
+def test_bad_downloads_are_named_and_nothing_is_written(tmp_path, pets):
+    out = tmp_path / 'x'
+    refused(['pets', tmp_path / 'none', out], 'none')
+    refused(['pets', tmp_path, out], 'images')
+    refused(['coco', pets, out], 'instances')
+    refused(['pets', pets, pets], 'there already')
+    refused(['pets', pets, out, '--side', 3], '--side is 3')
+    Image.new('RGB', (9, 9)).save(pets / 'x.png')
+    (pets / 'instances.json').write_text('{"images": [')
+    refused(['coco', pets, out], 'not whole JSON')
+    assert not out.exists()
+
+
+def test_pictures_that_are_not_there_are_counted(coco, tmp_path, capsys):
+    """As in the official zip, which has the annotations of train2017 beside those of val2017."""
+    content = content_of(coco)
+    content['images'] = []
+    for i in range(900, 905):
+        im = {'id': i, 'file_name': f'{i}.jpg', 'width': 9, 'height': 9}
+        content['images'].append(im)
+    (coco / 'instances_train2017.json').write_text(json.dumps(content))
     prepare.main(['coco', str(coco), str(tmp_path / 'out')])
     assert '5 of 5 pictures are not there' in capsys.readouterr().out
-    (coco / 'instances_train2017.json').unlink()
-    for wrong in (
-        {'bbox': [1]},
-        {'segmentation': [[1.0]]},
-        {'segmentation': {'counts': [3], 'size': [40, 60]}},
-    ):
-        bad = json.loads(json.dumps(d))
-        bad['annotations'][4] |= wrong
-        (coco / 'instances_val2017.json').write_text(json.dumps(bad))
-        with pytest.raises(UserError, match='picture 2'):
-            prepare.main(['coco', str(coco), str(tmp_path / 'out2')])
-        assert not list(tmp_path.glob('out2*'))
-    d['images'][3]['width'] = 40
-    (coco / 'instances_val2017.json').write_text(json.dumps(d))
-    with pytest.raises(UserError, match='picture 3'):
-        prepare.main(['coco', str(coco), str(tmp_path / 'out2')])
+
+
+@pytest.mark.parametrize('wrong', [
+    {'bbox': [1]},
+    {'segmentation': [[1.]]},
+    {'segmentation': {'counts': [3], 'size': [40, 60]}},
+])
+def test_wrong_annotations_are_named_with_their_picture(coco, tmp_path, wrong):
+    content = content_of(coco)
+    content['annotations'][4].update(wrong)
+    (coco / 'instances_val2017.json').write_text(json.dumps(content))
+    refused(['coco', coco, tmp_path / 'out'], 'picture 2')
+    assert not list(tmp_path.glob('out*'))
+
+
+def test_a_picture_of_another_size_is_named(coco, tmp_path):
+    content = content_of(coco)
+    content['images'][3]['width'] = 40
+    (coco / 'instances_val2017.json').write_text(json.dumps(content))
+    refused(['coco', coco, tmp_path / 'out'], 'picture 3')

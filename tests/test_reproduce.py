@@ -264,9 +264,12 @@ def test_controls_change_the_maps_alone():
     assert arms['seg'].control.change_target(maps) is maps
     assert arms['frozen'].control.frozen
     assert not arms['seg'].control.frozen
-    # as much of both in all: maps in the first half, then questions, the late ones in the last quarter
-    amounts = [arms['first'].control.amounts(step, 8) for step in range(8)]
-    assert amounts == [(0, 2, False)] * 4 + [(2, 0, False)] * 2 + [(2, 0, True)] * 2
+    # as much of both in all: maps in the first half, then questions, the late ones last
+    s = train.Settings(post_steps=20, late_from=.3)
+    amounts = [arms['first'].control.amounts(s, step) for step in range(20)]
+    assert amounts[:10] == [(0, 2, False)] * 10
+    assert amounts[10:13] == [(2, 0, False)] * 3
+    assert amounts[13:] == [(2, 0, True)] * 7
 
 
 def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypatch, capsys):

@@ -164,11 +164,12 @@ def test_posttraining_from_another_runs_checkpoint(run_dir, tmp_path):
 
 # ---- several processes ----
 TORCHRUN = """
-import pathlib, signal, sys
+import faulthandler, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 import data, model, train
 
 model.MAX_PLAN = 24
+faulthandler.dump_traceback_later(300, exit=True)      # should one wait for the other for ever
 real = train.umm_losses
 written = []
 
@@ -403,7 +404,7 @@ def test_frozen_keeps_the_map_off_the_blocks_and_only_that(world, frozen):
 
 
 def amounts_of(world, control, monkeypatch) -> list:
-    """(pictures with questions, to draw, with maps, with late questions) of 8 steps of post-training."""
+    """(pictures with questions, to draw, with maps, with late questions) of 20 post-training steps."""
     steps = []
 
     def all_steps(run, stage, model, loss_of, steps, *how):
@@ -415,7 +416,7 @@ def amounts_of(world, control, monkeypatch) -> list:
 
     monkeypatch.setattr(train, 'loop', all_steps)
     monkeypatch.setattr(train, 'umm_losses', note)
-    run = tiny_run(world, '--post_steps', '8')
+    run = tiny_run(world, '--post_steps', '20', '--late_from', '.3')
     run.control = control
     train.posttrain(run)
     return steps
@@ -428,7 +429,7 @@ def test_maps_first_are_the_same_amounts_in_another_order(world, monkeypatch):
         late = [pictures > 0 for _, _, _, pictures in steps]
         assert late == sorted(late)                        # the late questions come last
         assert late[-1]
-    assert len(mixed) == len(first) == 8
+    assert len(mixed) == len(first) == 20
     for a, b in zip(zip(*mixed), zip(*first)):
         assert sum(a) == sum(b)
     assert first[0][0] == 0                                # no questions at the beginning
