@@ -69,7 +69,7 @@ def find_device(name='auto') -> torch.device:
     return torch.device(name)
 
 
-# ---- random sources: what is drawn depends on (seed, split, stream, index) and on nothing else ----
+# ---- random sources: of (seed, split, stream, index), and of nothing but how much is drawn ----
 def generator(seed: int, split: str, stream: str, index: int, device='cpu') -> torch.Generator:
     """For tensors. Of the 32 bits that torch looks at on a CPU two are the split's, 30 a hash."""
     name = f'{seed}/{stream}/{index}'
@@ -160,7 +160,7 @@ def blurred(x, u):
 
 def coarse(x, u):
     """A quarter of the resolution."""
-    return F.interpolate(F.avg_pool2d(x, 4), scale_factor=4.)                         # [B,3,S,S]
+    return F.interpolate(F.avg_pool2d(x, 4), x.shape[2:])                             # [B,3,S,S]
 
 
 def with_holes(x, u):
@@ -272,12 +272,14 @@ class Sequence:
 
 
 def tokens_of(text: Text, number: int, ask: str, answer: str | None) -> list[tuple]:
-    """One turn as [(token, number of the turn, token to predict here or -1)]."""
+    """One turn as [(token, number of the turn, token to predict here or -1)], by words and for turn 1:
+
+    'how many?', '2'  ->  (how, 1, -1), (many, 1, -1), (?, 1, -1), (ANSWER, 1, 2), (2, 1, END)"""
     turn = [(token, number, -1) for token in text.encode(ask)]
     if answer is not None:
-        told = text.encode(answer) + [text.end]
-        heard = [text.answer] + told                           # a token is predicted one before it
-        turn += [(token, number, target) for token, target in zip(heard, told)]
+        targets = text.encode(answer) + [text.end]
+        inputs = [text.answer] + targets                       # a token is predicted one before it
+        turn += [(token, number, target) for token, target in zip(inputs, targets)]
     return turn
 
 
@@ -443,7 +445,7 @@ CLASSES = ('background',) + SHAPES
 CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
 NEAR = .265                    # radius of the nearest object
 FAR = .17                      # and of the farthest
-# P(n, c) of scenes with a theme: rows n = 1-4 objects, columns c = 0-4 of them are of the theme
+# P(n, c): rows n = 1-4 objects, each 1/4; columns c = 0-4 of them are of the theme, each 1/5
 THEMES = torch.tensor([
     [.125, .125, 0, 0, 0],
     [.025, .025, .2, 0, 0],
@@ -564,7 +566,9 @@ def distance_field(shape: int, x, y):
         lying = box(x, y, 1, .32)
         standing = box(x, y, .32, 1)
         return torch.minimum(lying, standing)
-    return (torch.hypot(x, y) - .70).abs() - .25               # ring
+    if name == 'ring':
+        return (torch.hypot(x, y) - .70).abs() - .25
+    raise ValueError(f'{name} has no distance field')
 
 
 def background(B: int, size: int, rand, device):

@@ -3,7 +3,8 @@
     python eval.py                         evaluate out/cpu/model.safetensors again: scores_test.json
     python eval.py --run out/mine --n 1024
 
-Each figure is {value, low, high, n}, with a 95% interval. Test scenes are the same for every run.
+Each figure is {value, low, high, n}, with a 95% interval; perplexity and chance are plain numbers. Test
+scenes are the same for every run with the same --n.
 """
 import argparse
 import copy
@@ -557,7 +558,7 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
         y = tok.decode(codes)
         count += codes.flatten().bincount(minlength=K).cpu()
         error = (x - y).square()                                                      # [n,3,S,S]
-        psnr = -10 * error.mean((1, 2, 3)).log10()                                    # [n]
+        psnr = -10 * error.mean((1, 2, 3)).clamp(min=1e-10).log10()                   # [n]
         key = 'psnr' if name == 'recon' else f'psnr_{name}'
         scores[key] = bootstrap(lambda total: total / n, psnr.cpu())
         if name == 'seg':
@@ -655,7 +656,7 @@ def main(argv=None):
     p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
-    p.add_argument('--device', default='auto', help='cpu, cuda or mps (default %(default)s)')
+    p.add_argument('--device', default='auto', help='cpu, cuda, mps or auto (default %(default)s)')
     a = p.parse_args(argv)
     if a.n < 16:
         raise UserError(f'--n is {a.n}: it must be 16 or more')

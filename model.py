@@ -41,7 +41,7 @@ class Config:
     size: int = setting(32, 'S, side of a picture in pixels', 16, 512)
     patch: int = setting(4, 'side in pixels of what one code, or one input token, stands for', 1, 64)
     codebook: int = setting(512, 'K, number of codes', 2, 2**18)
-    code_dim: int = setting(8, 'channels of a code', 1, 2**18)
+    code_dim: int = setting(8, 'channels of a code (vq only)', 1, 2**18)
     vq_width: int = setting(64, 'channels of the tokenizer', 8, 2**18)
     vq_depth: int = setting(2, 'residual blocks in the encoder and in the decoder', 1, 512)
     quantizer: str = setting('vq', 'vq (learned codebook) or fsq (fixed grid)', one_of=('vq', 'fsq'))
@@ -235,11 +235,11 @@ def rope_table(length: int, dim: int, base=10000.):
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x, turns):
-    """Turn channel pairs (2i, 2i + 1) of x [B, T, n, H, D] by position; turns [B, T, 1, 1, D/2]."""
-    x = x.to(turns.real.dtype)                               # there are no complex numbers of bfloat16
+def rotate(x, rotations):
+    """Turn channel pairs (2i, 2i + 1) of x [B, T, n, H, D] by position; rotations [B, T, 1, 1, D/2]."""
+    x = x.to(rotations.real.dtype)                           # bfloat16 has no complex numbers
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))                           # [B,T,n,H,D/2]
-    turned = torch.view_as_real(pairs * turns)                                        # [B,T,n,H,D/2,2]
+    turned = torch.view_as_real(pairs * rotations)                                    # [B,T,n,H,D/2,2]
     return turned.flatten(-2)                                                         # [B,T,n,H,D]
 
 
@@ -350,8 +350,8 @@ class UMM(nn.Module):
         nn.init.zeros_(self.text_head.weight)                # the first loss is exactly ln V
         nn.init.zeros_(self.pixel_head.weight)               # ln K
         D = C // c.n_head
-        turns = rope_table(c.grid + 2 * MAX_TEXT, D // 2)                             # [positions,D/4]
-        self.register_buffer('turns', torch.view_as_real(turns), persistent=False)
+        rotations = rope_table(c.grid + 2 * MAX_TEXT, D // 2)                         # [positions,D/4]
+        self.register_buffer('rotations', torch.view_as_real(rotations), persistent=False)
         place = torch.arange(c.grid)
         self.register_buffer('rc', torch.cartesian_prod(place, place), False)         # [N,2] row, column
 
@@ -366,8 +366,8 @@ class UMM(nn.Module):
     def rope(self, at):
         """2-D rotary positions: half of the channels turn by row, half by column; at [B, T, 2]. Text
         moves along the diagonal, as in M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1)."""
-        turns = torch.view_as_complex(self.turns[at])                                 # [B,T,2,D/4]
-        return turns.flatten(2)[:, :, None, None]                                     # [B,T,1,1,D/2]
+        rotations = torch.view_as_complex(self.rotations[at])                         # [B,T,2,D/4]
+        return rotations.flatten(2)[:, :, None, None]                                 # [B,T,1,1,D/2]
 
     def inputs(self, tok, image):
         """Pictures [B, 3, S, S] as this model reads them: pixels, or the tokenizer's codes [B, N]."""
@@ -397,8 +397,8 @@ class UMM(nn.Module):
 
     def embed_codes(self, codes, start=0, hide=0.):
         """Known codes [B, n] -> inputs at the places start, start + 1, ... of the picture, [B, ., C]: at
-        place i code i - 1, which is known when code i is to be predicted; the first round(hide * B) rows
-        read the start symbol everywhere."""
+        place i code i - 1, which is known when code i is to be predicted: a, b, c -> start, a, b. The
+        first round(hide * B) rows read the start symbol everywhere; rows are in random order anyway."""
         shifted = F.pad(codes, (1, 0), value=self.c.codebook)                         # [B,n+1]
         shifted = shifted[:, start:len(self.rc)]             # the last code of a picture is no input
         hidden_rows = round(hide * len(shifted))
@@ -407,7 +407,10 @@ class UMM(nn.Module):
         return self.code_embed(shifted) + places
 
     def hidden(self, s: Sequence, kvs=None, done=0, hide=0.):
-        """-> last hidden states at text and codes, [B, T (+ N), C].
+        """-> last hidden states at text and codes, [B, T (+ N), C]. Of text B stands for B*R rows, R of
+        which share a picture; with codes R is 1.
+
+        In each block the picture goes first: it fills kv, from which text and codes read.
 
         kvs: keys and values of each layer, with which the first `done` positions of text and codes and
         the picture need not be computed again (nor are they returned). hide: share of the rows, the

@@ -30,10 +30,10 @@ TASKS = {                      # name: (what it does, the map it generates or No
     'caption': ('describe a picture', None),
     'reconstruct': ('a picture through the tokenizer', None),
     'segment': ('generate its map of classes', 'seg'),
-    'depth': ('its depth map (run with --proxy depth)', 'depth'),
-    'edges': ('its edges (--proxy edge)', 'edge'),
-    'copy': ('it again (--proxy recon)', 'recon'),
 }
+for _name in MAPS:             # the other maps under their own names
+    if _name != 'seg':
+        TASKS[_name] = (f'generate this map of it (trained with --proxy {_name})', _name)
 BOUNDS = {                     # of flags
     'n': (1, 256),
     'seed': (0, 2**62),

@@ -48,6 +48,8 @@ from model import (UMM, Config, VQTokenizer, check_fields, check_together, load,
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 DONE = 'done'                  # the stage of a run that has finished all of them
+WRITTEN = ('pretrained.safetensors', 'scores.json', 'samples.png', 'tokenizer.png', 'pretrain.png',
+           'posttrain.png')    # beside checkpoints and log
 NEXT = {'tokenizer': 'pretrain', 'pretrain': 'posttrain', 'posttrain': DONE}
 
 # torchrun starts several processes, each with a part of every batch; without it there is one.
@@ -172,6 +174,8 @@ def check(s: Settings):
         check_together(s)
     except ValueError as e:
         raise UserError(f'--{e}')
+    if s.init and s.until != 'posttrain':
+        raise UserError(f'--until is {s.until!r}: with --init the stages up to it are done already')
     if s.proxy != 'none' and s.ratio * s.post_ask < 1.5:
         raise UserError(f'--ratio is {s.ratio}: it must be such that a step has 2 maps')
 
@@ -315,7 +319,7 @@ class Control:
     changes nothing."""
     change_target: Callable = lambda maps: maps        # [B, 3, S, S] -> what is taught instead
     frozen: bool = False                               # the map's loss moves no block
-    amounts: Callable | None = None                    # instead of `mixed`
+    shares: Callable | None = None                     # instead of `mixed`
 
 
 class Run:
@@ -357,9 +361,9 @@ class Run:
         # from here on the folder changes: all that can be wrong with the command is known
         self.dir.mkdir(parents=True, exist_ok=True)
         self.open_log(meta.get('lines', 0))
-        if not s.resume:
-            state.unlink(missing_ok=True)
-            model.unlink(missing_ok=True)
+        if not s.resume:                                       # nothing of an older run stays beside it
+            for path in (state, model, *(self.dir / name for name in WRITTEN)):
+                path.unlink(missing_ok=True)
         if not s.resume and not s.init:
             s.vocab = self.world.text.size
             c = Config(**{f.name: getattr(s, f.name) for f in fields(Config)})
@@ -501,7 +505,7 @@ def settle(run: Run):
     if s.threads == 0 and threads[0] > 1 and run.device.type == 'cpu':
         threads.append(1)
     candidates = list(product(dtypes, threads))
-    best, why = candidates[0], 'as asked for'
+    best, why = candidates[0], 'as when the run began' if s.resume else 'as asked for'
     if len(candidates) > 1:
         times = dict.fromkeys(candidates, math.inf)
         for turn in range(3):
@@ -524,7 +528,7 @@ def settle(run: Run):
 
 class Pace:
     """The seconds of a stage's steps, to notice when something else has begun to use the machine. The
-    second half of post-training asks more and takes longer, but not twice as long."""
+    later part of post-training asks more and takes longer, but not twice as long."""
 
     def __init__(self):
         self.recent = []                                       # since the last look
@@ -620,7 +624,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
 
 
 def random_key(seed: int, stage: str, step: int) -> int:
-    """Of the step's random draws that are not the data's: new codes for dead ones."""
+    """Of the step's random draws beside the data's: which vectors replace dead codes."""
     return data.generator(seed, 'train', stage, step).initial_seed()
 
 
@@ -636,7 +640,8 @@ def schedule(s: Settings, stage: str, step: int, steps: int) -> float:
 def warn(run: Run, stage: str, done: int, losses: dict, pace: Pace, warm: bool):
     """Say what looks wrong: losses above a guess once the learning rate has risen, slow steps."""
     for name, value in losses.items():
-        if warm and name != 'loss' and value > run.guess(name):
+        guessed = name in ('text', 'plan', 'draw', run.s.proxy)        # losses in nats
+        if warm and guessed and value > run.guess(name):
             tqdm.write(f'warning: {stage} {done}: {name} is worse than a uniform guess')
     busy = pace.warning(run.s.threads)
     if busy:
@@ -679,9 +684,11 @@ def train_tokenizer(run: Run):
         most = B * 3 // 4
         drawn = MAPS[masks].draw(r)                                                   # [B,3,S,S]
         parts = [r.image[:half], drawn[half:most]]
-        for i, name in enumerate(kinds):                       # by turns
+        before = my_index(step) * (B - most)                   # maps in all batches so far
+        for i, name in enumerate(kinds):                       # by turns, over the batches
             drawn = MAPS[name].draw(r)
-            parts.append(drawn[most + i::len(kinds)])
+            first = (i - before) % len(kinds)
+            parts.append(drawn[most + first::len(kinds)])
         x = torch.cat(parts)                                                          # [B,3,S,S]
         y, _, commitment = tok(x)
         mse = F.mse_loss(y, x)
@@ -752,7 +759,8 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w
 def look_at_umm(run: Run):
     """Understanding of validation pictures, and a picture of what the model can do."""
     networks = (run.umm, run.tok, run.world)
-    figures = evaluation.understanding(*networks, 128, 'val')
+    n = min(128, run.world.limit('val'))                       # of few pictures each once
+    figures = evaluation.understanding(*networks, n, 'val')
     return figures, sample.picture(*networks, run.s.cfg)
 
 
@@ -784,8 +792,8 @@ def posttrain(run: Run):
 
     def loss_of(step):
         # steps are counted on from pretraining: no picture of it comes again
-        amounts = run.control.amounts or mixed
-        ask_share, map_share, late = amounts(s, step)
+        shares = run.control.shares or mixed
+        ask_share, map_share, late = shares(s, step)
         ask = ask_share * s.post_ask
         return umm_losses(run, s.pre_steps + step, ask, s.post_draw, map_share * maps, s.w_text,
                           s.w_draw, late)
@@ -827,8 +835,13 @@ def main(argv=None):
             # what experiments start from: one base, many ways to go on
             run.save('pretrained.safetensors', 'posttrain', 0)
         train(run)
+        if run.stop:                                           # in the last step of a stage
+            wait()
+            raise UserError(f'stopped after {stage}, which is saved. Go on: same command and --resume')
         if stage == s.until:
             break
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # measuring can be interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if SEVERAL:
         dist.destroy_process_group()
     if RANK == 0:

@@ -86,7 +86,7 @@ ARMS = {
     'seg-long': Arm('seg', longer=2),
     'shuffled': Arm(control=train.Control(change_target=shuffled)),
     'frozen': Arm(control=train.Control(frozen=True)),
-    'first': Arm(control=train.Control(amounts=maps_first)),
+    'first': Arm(control=train.Control(shares=maps_first)),
     **RATIO_ARMS,
     **SCALE_ARMS,
     **QUESTION_ARMS,

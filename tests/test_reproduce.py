@@ -266,7 +266,7 @@ def test_controls_change_the_maps_alone():
     assert not arms['seg'].control.frozen
     # as much of both in all: maps in the first half, then questions, the late ones last
     s = train.Settings(post_steps=20, late_from=.3)
-    amounts = [arms['first'].control.amounts(s, step) for step in range(20)]
+    amounts = [arms['first'].control.shares(s, step) for step in range(20)]
     assert amounts[:10] == [(0, 2, False)] * 10
     assert amounts[10:13] == [(2, 0, False)] * 3
     assert amounts[13:] == [(2, 0, True)] * 7

@@ -91,6 +91,13 @@ def test_a_run_is_never_lost_by_accident(run_dir):
     assert (run_dir / 'model.safetensors').read_bytes() == before
 
 
+def test_stages_before_what_init_gives_cannot_be_asked_for(run_dir, tmp_path):
+    flags = ['--init', str(run_dir / 'pretrained.safetensors'), '--out', str(tmp_path / 'run')]
+    with pytest.raises(UserError, match="--until is 'tokenizer'"):
+        train.main([*TEST, *flags, '--until', 'tokenizer'])
+    assert not (tmp_path / 'run').exists()
+
+
 def test_resume_without_a_run(tmp_path):
     with pytest.raises(UserError, match='nothing to resume'):
         train.main([*TEST, '--out', str(tmp_path / 'none'), '--resume'])

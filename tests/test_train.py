@@ -424,7 +424,7 @@ def amounts_of(world, control, monkeypatch) -> list:
 
 def test_maps_first_are_the_same_amounts_in_another_order(world, monkeypatch):
     mixed = amounts_of(world, train.Control(), monkeypatch)
-    first = amounts_of(world, train.Control(amounts=maps_first), monkeypatch)
+    first = amounts_of(world, train.Control(shares=maps_first), monkeypatch)
     for steps in (mixed, first):
         late = [pictures > 0 for _, _, _, pictures in steps]
         assert late == sorted(late)                        # the late questions come last
@@ -435,3 +435,39 @@ def test_maps_first_are_the_same_amounts_in_another_order(world, monkeypatch):
     assert first[0][0] == 0                                # no questions at the beginning
     assert first[-1][2] == 0                               # no maps at the end
     assert len({step[:3] for step in mixed}) == 1
+
+
+@pytest.mark.parametrize('B', [8, 12, 32])
+def test_the_tokenizer_sees_every_kind_of_map(world, monkeypatch, B):
+    """However few maps there are in a batch: the kinds take turns over the batches."""
+    run = tiny_run(world, '--tok_batch', str(B))
+    batches, kinds = [], ('seg', 'instance', 'edge', 'depth')
+
+    class Tokenizer:
+        def __call__(self, x):
+            batches.append(x)
+            return x, None, torch.zeros(())
+
+        def eval(self):
+            return self
+
+        def requires_grad_(self, needed):
+            return self
+
+    def some_steps(run, stage, model, loss_of, *how):
+        for step in range(4):
+            loss_of(step)
+
+    run.tok = Tokenizer()
+    monkeypatch.setattr(train, 'loop', some_steps)
+    train.train_tokenizer(run)
+    seen = set()
+    for step, x in enumerate(batches):
+        assert len(x) == B
+        _, r, _ = run.world.scenes('train', 'tokenizer', step, B)
+        drawn = {kind: data.MAPS[kind].draw(r) for kind in kinds}
+        for picture in x[B * 3 // 4:]:
+            for kind in kinds:
+                if any(torch.equal(picture, target) for target in drawn[kind][B * 3 // 4:]):
+                    seen.add(kind)
+    assert seen == set(kinds)
