@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product, takewhile
+from pathlib import Path
 from typing import NamedTuple
 
 # OpenMP's threads wait for each other in a loop that keeps their cores busy. Beside another program
@@ -50,6 +51,21 @@ def guard(main):
         sys.exit(2)
     except Exception:
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """with written_whole(path) as part: write `part`. It becomes `path` if all goes well, synced and
+    then renamed; else it is gone and what was at `path` stays."""
+    part = Path(f'{path}.part')
+    try:
+        yield part
+        with open(part, 'rb+') as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:                                      # Ctrl-C too
+        part.unlink(missing_ok=True)
         raise
 
 

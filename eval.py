@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import re
 from collections import Counter, defaultdict
 from itertools import product
@@ -643,9 +642,9 @@ def table(scores: dict) -> str:
 def report(scores: dict, path: Path):
     """Print the table and write it, with all digits, to `path`."""
     print(table(scores))
-    part = Path(f'{path}.part')
-    part.write_text(json.dumps(scores, indent=1) + '\n')
-    os.replace(part, path)                                     # whole or not at all
+    text = json.dumps(scores, indent=1)
+    with data.written_whole(path) as part:
+        part.write_text(text + '\n')
 
 
 def main(argv=None):

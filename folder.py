@@ -15,7 +15,6 @@ A line of metadata.jsonl is a JSON object; paths are relative to its folder. Its
 import contextlib
 import hashlib
 import json
-import os
 import random
 import warnings
 import zlib
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import (MAX_PLAN, MAX_TEXT, PALETTE, REASON, SPLITS, DataSet, Rendering, UserError, World,
-                  python_random)
+                  python_random, written_whole)
 
 FORMAT = 2                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
@@ -251,11 +250,13 @@ class Folder(DataSet):
         self.check_lengths()
 
     def all_rows(self) -> list:
-        """Of all splits."""
+        """Of all splits, one after another: what is said of each picture,
+        without its pixels."""
         return [row for split in SPLITS for row in self.rows[split]]
 
     def all_have(self, key: str) -> bool:
-        """Is it in every row? If not, say so: what needs it is switched off."""
+        """Is it in every row? If not, say so: what needs it is switched off, rather
+        than taught on some pictures only."""
         rows = self.all_rows()
         lack = [row['file'] for row in rows if not row[key]]
         if lack and key != 'depth':                            # which few have
@@ -303,11 +304,10 @@ class Folder(DataSet):
         rows, arrays = self.read()
         # the rows travel in the same file, as the bytes of their JSON
         text = torch.frombuffer(bytearray(json.dumps(rows), 'utf-8'), dtype=torch.uint8)
-        part = Path(f'{path}.part')                            # whole or not at all
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file(arrays | {'rows': text}, part)
-            os.replace(part, path)
+            with written_whole(path) as part:
+                save_file(arrays | {'rows': text}, part)
             for old in path.parent.glob(f'{self.size}-*'):
                 if old != path:
                     old.unlink(missing_ok=True)                # of pictures that have changed
@@ -409,11 +409,11 @@ class Folder(DataSet):
         # what is not annotated is all zero, and nobody asks for it
         none = torch.zeros(len(chosen), self.size, self.size, dtype=torch.uint8)
         found = {}
-        for key in ('image', 'mask', 'depth'):
+        for key in ('image', 'mask', 'depth', 'instance'):
             array = self.arrays.get(f'{split}.{key}')
             bytes_ = none if array is None else array[chosen]
             found[key] = bytes_.to(self.device)
-        r = Rendering(found['image'] / 255, found['mask'].long(), none.long().to(self.device),
+        r = Rendering(found['image'] / 255, found['mask'].long(), found['instance'].long(),
                       found['depth'] / 255, self.palette)
         return rows, r, rng
 

@@ -16,7 +16,6 @@ Axes: B pictures (text: B*R rows, see data.pack), T positions of a sequence, C c
 D channels of a head, V text vocabulary, K codebook, S side of a picture, G of its grid of N = G*G codes.
 """
 import json
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import MAX_PLAN, MAX_TEXT, Sequence, Text, UserError, pack
+from data import MAX_PLAN, MAX_TEXT, Sequence, Text, UserError, pack, written_whole
 
 
 def setting(default, help: str, least=0, most=2**62, one_of=()):
@@ -421,8 +420,11 @@ class UMM(nn.Module):
         T = s.text.shape[1]
         turn, parts = s.turn, []
         if done < T:
-            text = self.embed_text(s.text, turn)                                      # [B,T,C]
-            parts.append(text[:, done:])
+            first = max(0, done - len(self.taps))            # a new token hears those before it
+            text = s.text[:, first:]
+            heard = self.embed_text(text, turn[:, first:])
+            heard = heard[:, done - first:]                                           # [B,new,C]
+            parts.append(heard)
         if s.codes is not None:
             start = max(0, done - T)
             codes = self.embed_codes(s.codes, start, hide)
@@ -456,7 +458,8 @@ class UMM(nn.Module):
         same = turn[:, done:, None] == turn[:, None, :]                               # [B,new,T']
         see = same & earlier
         # Text stands on the diagonal beyond the picture, as far as the number of tokens that it sees
-        at = self.c.grid - 1 + see.sum(-1)                                            # [B,new]
+        seen = see.sum(-1)                                                            # [B,new]
+        at = self.c.grid - 1 + seen
         at = torch.stack([at, at], -1)                                                # [B,new,2]
         start = max(0, done - T)                             # first new code
         codes = total - T - start                            # how many are new
@@ -587,17 +590,12 @@ def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, to
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
 def save(path, tensors: dict, meta: dict):
-    """Write tensors and meta to `path`, whole or not at all: a temporary file, fsync, then rename."""
-    path = Path(path)
-    part = Path(f'{path}.part')
+    """Write tensors and meta to `path`, whole or not at all."""
     tensors = {k: t.detach().contiguous() for k, t in tensors.items()}
     try:
-        save_file(tensors, part, {'nanoumm': json.dumps(meta)})
-        with open(part, 'rb+') as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        with written_whole(path) as part:
+            save_file(tensors, part, {'nanoumm': json.dumps(meta)})
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
         raise UserError(f'cannot write {path}: {e}; free some space or choose another --out. '
                         'The previous file, if any, is untouched')
 
@@ -614,12 +612,13 @@ def state_of(tok: VQTokenizer, umm: UMM) -> dict:
 def check_fields(settings):
     """ValueError for a value out of the bounds that its field states."""
     for f in fields(settings):
-        if not f.metadata:
+        meta = f.metadata
+        if not meta:
             continue
         name = f.name
         value = getattr(settings, name)
-        least, most = f.metadata['least'], f.metadata['most']
-        one_of = f.metadata['one_of']
+        least, most = meta['least'], meta['most']
+        one_of = meta['one_of']
         if one_of and value not in one_of:
             raise ValueError(f"{name} is {value!r:.40}: choose one of {', '.join(one_of)}")
         if type(value) in (int, float) and not least <= value <= most:

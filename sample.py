@@ -213,13 +213,11 @@ def prompt_of(a, text: data.Text) -> str:
 
 
 def save_picture(canvas: Image.Image, path: str):
-    """A temporary file first: nothing is half-written."""
-    part = Path(f'{path}.part')                                # beside it, then renamed
+    """Whole or not at all."""
     try:
-        canvas.save(part, 'PNG')
-        os.replace(part, path)
+        with data.written_whole(path) as part:
+            canvas.save(part, 'PNG')
     except OSError as e:
-        part.unlink(missing_ok=True)
         raise UserError(f'cannot write {path} ({e.strerror}): choose another --out')
 
 
@@ -248,27 +246,25 @@ def main(argv=None):
     if name and name != meta['settings'].get('proxy'):
         print(f'warning: {checkpoint} did not learn this map (train.py --proxy {name}): expect noise')
     prompt = prompt_of(a, text)
+    prompts = [prompt for _ in range(a.n)]                     # each sample is a row of the batch
     # the same seed gives the same result on the same machine
     g = torch.Generator(device).manual_seed(a.seed)
     how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k, generator=g)
     if a.task == 'draw':
-        prompts = [prompt for _ in range(a.n)]
         codes, plans = draw(umm, text, prompts, **how)                                # [n,N]
         for plan in plans:                                     # what it means to draw
             print('plan:', plan)
         pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
-        x = read_image(a.image, umm.c.size).to(device) / 255                          # [3,S,S]
-        x = x.repeat(a.n, 1, 1, 1)                                                    # [n,3,S,S]
-        rows = [[(prompt, None)] for _ in range(a.n)]
-        s = data.pack(text, rows, umm.inputs(tok, x), device)
+        x = read_image(a.image, umm.c.size).to(device)[None] / 255                    # [1,3,S,S]
+        image = umm.inputs(tok, x.repeat(a.n, 1, 1, 1))
+        s = data.pack(text, [[(words, None)] for words in prompts], image, device)
         if a.task in ('ask', 'caption'):
             for answer in write(umm, text, s, 64, **how):
                 print(answer)
             return
         if a.task == 'reconstruct':
-            again = tok.decode(tok.encode(x[:1]))                                     # [1,3,S,S]
-            pictures = torch.cat([x[:1], again])               # before and after
+            pictures = torch.cat([x, tok.decode(tok.encode(x))])       # before and after
         else:
             pictures = tok.decode(umm.generate(s, **how))                             # [n,3,S,S]
     save_picture(in_a_square(pictures), a.out)

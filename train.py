@@ -48,9 +48,9 @@ from model import (UMM, Config, VQTokenizer, check_fields, check_together, load,
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 DONE = 'done'                  # the stage of a run that has finished all of them
-WRITTEN = ('pretrained.safetensors', 'scores.json', 'samples.png', 'tokenizer.png', 'pretrain.png',
-           'posttrain.png')    # beside checkpoints and log
 NEXT = {'tokenizer': 'pretrain', 'pretrain': 'posttrain', 'posttrain': DONE}
+WRITTEN = ('pretrained.safetensors', 'scores.json', 'samples.png',
+           *[f'{stage}.png' for stage in STAGES])      # beside state, model and log
 
 # torchrun starts several processes, each with a part of every batch; without it there is one.
 SEVERAL = dist.is_available() and dist.is_torchelastic_launched()
@@ -101,18 +101,15 @@ class Settings(Config):
     muon_lr: float = setting(.02, 'Muon learning rate: hidden matrices, all stages', least=1e-12)
     warmup: float = setting(.02, 'share of a stage in which the learning rate rises', most=1)
     cooldown: float = setting(.4, 'share of a stage, at its end, in which it falls', most=1)
-    pre_cooldown: float = setting(.1, 'the same for pretrain, which another stage follows',
-                                  most=1)
+    pre_cooldown: float = setting(.1, 'the same for pretrain, which another stage follows', most=1)
     clip: float = setting(1., 'largest norm of the gradient', least=1e-12)
     # -- what the losses count
     w_text: float = setting(1., 'weight of the mean loss of answers about pictures')
     pre_w_text: float = setting(.1, 'the same in the pretrain stage, where it slows drawing')
-    w_draw: float = setting(.4, 'weight of the mean loss of drawings, post-training; of plans: 1',
-                            least=0)
+    w_draw: float = setting(.4, 'weight of the mean loss of drawings, post-training; of plans: 1')
     w_proxy: float = setting(.6, 'weight of the mean loss of maps')
     # -- how maps and drawings are taught
-    hide: float = setting(.75, 'share of the maps written without sight of their earlier codes',
-                          least=0, most=1)
+    hide: float = setting(.75, 'share of maps written without sight of their earlier codes', most=1)
     drop: float = setting(.1, 'share of empty prompts, for classifier-free guidance', most=1)
     # -- measuring and saving
     cfg: float = setting(2., 'guidance scale in the evaluation')
@@ -309,19 +306,24 @@ def average_gradients(model, stop: bool) -> bool:
     return bool(flat[-1] > 0)
 
 
+# ---- what an experiment may change about the maps, to find out what it is that they teach ----
+def mixed(s: Settings, step: int):
+    """-> (share of the questions' pictures, share of the maps, are the late questions asked?)"""
+    return 1, 1, step >= s.late_from * s.post_steps
+
+
+@dataclass
+class Control:
+    """Training itself changes nothing; experiments set run.control to one of their own."""
+    change_target: Callable = lambda maps: maps        # [B, 3, S, S] -> what is taught instead
+    frozen: bool = False                               # the map's loss moves no block
+    shares: Callable = mixed                           # (settings, step) -> how much of what
+
+
 # ---- a run: its folder, log and checkpoint ----
 # state.safetensors holds all that a run needs to go on: both networks, the optimizers, the settings, the
 # stage and step, the text tokens and the length of the log. No random generator: what is drawn in a step
 # follows from seed, stage and step. So a run that was killed goes on to the same bits.
-@dataclass
-class Control:
-    """What an experiment changes about the maps, to find out what it is that they teach; training itself
-    changes nothing."""
-    change_target: Callable = lambda maps: maps        # [B, 3, S, S] -> what is taught instead
-    frozen: bool = False                               # the map's loss moves no block
-    shares: Callable | None = None                     # instead of `mixed`
-
-
 class Run:
     """The folder of a run and what it trains:
 
@@ -361,10 +363,12 @@ class Run:
         # from here on the folder changes: all that can be wrong with the command is known
         self.dir.mkdir(parents=True, exist_ok=True)
         self.open_log(meta.get('lines', 0))
-        if not s.resume:                                       # nothing of an older run stays beside it
-            for path in (state, model, *(self.dir / name for name in WRITTEN)):
-                path.unlink(missing_ok=True)
+        if not s.resume:
+            state.unlink(missing_ok=True)
+            model.unlink(missing_ok=True)
         if not s.resume and not s.init:
+            for name in WRITTEN:                               # nothing of an older run stays beside it
+                (self.dir / name).unlink(missing_ok=True)
             s.vocab = self.world.text.size
             c = Config(**{f.name: getattr(s, f.name) for f in fields(Config)})
             torch.manual_seed(s.seed)
@@ -416,15 +420,17 @@ class Run:
         return world
 
     def open_log(self, lines: int):
-        """log.jsonl, cut after the first `lines`: later steps are done again."""
+        """log.jsonl, cut after the first `lines`: later steps are done again. What stays is not written
+        again, so that nothing is lost if this is interrupted."""
         path = self.dir / 'log.jsonl'
         if RANK > 0:                                           # the first process writes for all
-            path = os.devnull
-        if lines and RANK == 0:
-            with open(path, newline='\n') as f:
-                self.lines = f.readlines()[:lines]
-        self.logfile = open(path, 'w', 1, newline='\n')        # line buffered
-        self.logfile.writelines(self.lines)
+            path, lines = os.devnull, 0
+        mode = 'r+' if lines else 'w'
+        self.logfile = open(path, mode, 1, newline='\n')       # line buffered
+        if lines:
+            self.lines = self.logfile.readlines()[:lines]
+            self.logfile.seek(len(''.join(self.lines).encode()))
+            self.logfile.truncate()
 
     def log(self, **line):
         """One JSON object on a line of its own."""
@@ -488,7 +494,7 @@ def seconds_a_step(run: Run, dtype: str, threads: int) -> float:
     spent = time.perf_counter() - begin
     spent = torch.tensor(spent, device=run.device)
     if SEVERAL:
-        dist.all_reduce(spent, dist.ReduceOp.MAX)              # all processes choose alike
+        together(dist.all_reduce, spent, dist.ReduceOp.MAX)    # all processes choose alike
     return spent.item()
 
 
@@ -505,7 +511,7 @@ def settle(run: Run):
     if s.threads == 0 and threads[0] > 1 and run.device.type == 'cpu':
         threads.append(1)
     candidates = list(product(dtypes, threads))
-    best, why = candidates[0], 'as when the run began' if s.resume else 'as asked for'
+    best, why = candidates[0], 'as asked for, or as when the run began'
     if len(candidates) > 1:
         times = dict.fromkeys(candidates, math.inf)
         for turn in range(3):
@@ -792,18 +798,12 @@ def posttrain(run: Run):
 
     def loss_of(step):
         # steps are counted on from pretraining: no picture of it comes again
-        shares = run.control.shares or mixed
-        ask_share, map_share, late = shares(s, step)
+        ask_share, map_share, late = run.control.shares(s, step)
         ask = ask_share * s.post_ask
         return umm_losses(run, s.pre_steps + step, ask, s.post_draw, map_share * maps, s.w_text,
                           s.w_draw, late)
 
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, pictures, lambda: look_at_umm(run))
-
-
-def mixed(s: Settings, step: int):
-    """-> (share of the questions' pictures, share of the maps, are the late questions asked?)"""
-    return 1, 1, step >= s.late_from * s.post_steps
 
 
 # ---- command line ----

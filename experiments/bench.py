@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -421,10 +420,8 @@ def main(argv=None):
         growth(report, 3)
     print('\n' + report.table())
     if a.json:
-        part = f'{a.json}.part'
-        with open(part, 'w') as f:
-            json.dump(report.ratios, f, indent=1)
-        os.replace(part, a.json)
+        with data.written_whole(a.json) as part:
+            part.write_text(json.dumps(report.ratios, indent=1))
 
 
 if __name__ == '__main__':

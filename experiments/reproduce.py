@@ -488,9 +488,8 @@ def work(a, seed: int, name: str):
         'scores': scores,
         'log': [json.loads(line) for line in run.lines if '"val"' in line],
     }
-    part = folder / 'result.part'
-    part.write_text(json.dumps(result))
-    os.replace(part, folder / 'result.json')               # whole or not at all
+    with data.written_whole(folder / 'result.json') as part:
+        part.write_text(json.dumps(result))
 
 
 def measure(run: train.Run, n: int) -> dict:

@@ -1,5 +1,7 @@
 """Settings and failures of train.py: every flag, impossible values, lost or hostile files, NaN."""
 import math
+import shutil
+import sys
 from dataclasses import fields
 
 import pytest
@@ -98,6 +100,29 @@ def test_stages_before_what_init_gives_cannot_be_asked_for(run_dir, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_model_that_is_post_trained_in_its_own_folder_stays_until_it_is_replaced(
+        run_dir, tmp_path, monkeypatch):
+    out = tmp_path / 'run'
+    shutil.copytree(run_dir, out)
+    base = out / 'pretrained.safetensors'
+    before = base.read_bytes()
+    monkeypatch.setattr(train, 'settle', lambda run: sys.exit())       # as if killed there
+    with pytest.raises(SystemExit):
+        train.main([*TEST, '--init', str(base), '--out', str(out), '--overwrite'])
+    assert base.read_bytes() == before
+
+
+def test_a_run_begun_anew_leaves_nothing_of_the_old_one(run_dir, tmp_path, monkeypatch):
+    out = tmp_path / 'run'
+    shutil.copytree(run_dir, out)
+    monkeypatch.setattr(train, 'settle', lambda run: sys.exit())
+    with pytest.raises(SystemExit):
+        train.main([*TEST, '--out', str(out), '--overwrite'])
+    for name in ('state.safetensors', 'model.safetensors', *train.WRITTEN):
+        assert (run_dir / name).exists(), name
+        assert not (out / name).exists(), name
+
+
 def test_resume_without_a_run(tmp_path):
     with pytest.raises(UserError, match='nothing to resume'):
         train.main([*TEST, '--out', str(tmp_path / 'none'), '--resume'])
@@ -147,7 +172,7 @@ def test_failed_write_keeps_the_old_checkpoint(run_dir, tmp_path, monkeypatch):
     def full(*args, **how):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(model.os, 'fsync', full)
+    monkeypatch.setattr(data.os, 'fsync', full)
     with pytest.raises(UserError, match='No space left'):
         model.save(path, tensors, {'a': 2})
     assert path.read_bytes() == before

@@ -1,7 +1,9 @@
 """Training: optimizers, resume to the same bits, several processes, what the losses are made of."""
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -471,3 +473,26 @@ def test_the_tokenizer_sees_every_kind_of_map(world, monkeypatch, B):
                 if any(torch.equal(picture, target) for target in drawn[kind][B * 3 // 4:]):
                     seen.add(kind)
     assert seen == set(kinds)
+
+
+def test_a_resumed_log_is_cut_in_place(run_dir, tmp_path, monkeypatch):
+    """What stays is never out of the file: not while it is opened, nor if there is no room to write."""
+    out = tmp_path / 'run'
+    shutil.copytree(run_dir, out)
+    log = out / 'log.jsonl'
+    kept = log.read_text()
+    with open(log, 'a') as f:
+        f.write('a later line\n')
+    sizes = []
+    real = open
+
+    def watched(path, *how, **more):
+        opened = real(path, *how, **more)
+        if Path(path) == log:
+            sizes.append(log.stat().st_size)
+        return opened
+
+    monkeypatch.setattr(train, 'open', watched, raising=False)
+    train.Run(train.parse([*TEST, '--out', str(out), '--resume']), torch.device('cpu'))
+    assert sizes and min(sizes) >= len(kept)
+    assert log.read_text() == kept
