@@ -307,6 +307,15 @@ def average_gradients(model, stop: bool) -> bool:
 
 
 # ---- what an experiment may change about the maps, to find out what it is that they teach ----
+def generated(run, index: int, seq, target, r):
+    """The loss of maps as they are taught here: their codes, written after picture and instruction.
+
+    Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1).
+    index: of the batch; seq, target [B, 3, S, S], r: as DataSet.maps_to_draw gives them."""
+    _, loss = losses_of(run, seq, target, run.s.hide)
+    return loss
+
+
 def mixed(s: Settings, step: int):
     """-> (share of the questions' pictures, share of the maps, are the late questions asked?)"""
     return 1, 1, step >= s.late_from * s.post_steps
@@ -315,8 +324,7 @@ def mixed(s: Settings, step: int):
 @dataclass
 class Control:
     """Training itself changes nothing; experiments set run.control to one of their own."""
-    change_target: Callable = lambda maps: maps        # [B, 3, S, S] -> what is taught instead
-    frozen: bool = False                               # the map's loss moves no block
+    map_loss: Callable = generated                     # what is taught about pictures with maps
     shares: Callable = mixed                           # (settings, step) -> how much of what
 
 
@@ -714,6 +722,18 @@ def train_tokenizer(run: Run):
     tok.eval().requires_grad_(False)                           # the codes mean the same from now on
 
 
+def losses_of(run: Run, seq, target=None, hide=0.):
+    """(text loss, pixel loss) of a batch; target: the pictures to generate, [B, 3, S, S]; hide: share of
+    them that does not see its earlier codes."""
+    if seq.image is not None:
+        seq.image = run.umm.inputs(run.tok, seq.image)
+    if target is not None:
+        seq.codes = run.tok.encode(target)
+    half = run.s.dtype == 'bfloat16'
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
+        return run.umm(seq, hide)
+
+
 def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w_draw=1., late=False):
     """Mean losses of a step: `ask` pictures with questions, `draw` texts to draw, `maps` pictures with
     maps. What nothing is known of is left out; late: ask more, mostly to find things.
@@ -724,35 +744,21 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w
     index = my_index(step)
     out = {}
 
-    def losses_of(seq, target=None, hide=0.):
-        """(text loss, pixel loss) of a batch; `hide`: share that does not see its earlier codes."""
-        if seq.image is not None:
-            seq.image = umm.inputs(run.tok, seq.image)
-        if target is not None:
-            seq.codes = run.tok.encode(target)
-        half = s.dtype == 'bfloat16'
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
-            return umm(seq, hide)
-
     if ask:
         # questions and captions about pictures
         Q, kinds = s.questions, world.asked
         if late:
             Q, kinds = s.late_questions, world.asked_late
         seq, _ = world.questions('train', index, my_share(ask), Q, kinds=kinds)
-        out['text'], _ = losses_of(seq)
+        out['text'], _ = losses_of(run, seq)
     if draw and world.captions:
         # pictures from captions
         seq, target = world.drawings('train', index, my_share(draw), s.drop)
-        out['plan'], out['draw'] = losses_of(seq, target)
+        out['plan'], out['draw'] = losses_of(run, seq, target)
     if maps:
         # maps of pictures
-        seq, target, _ = world.maps_to_draw('train', index, my_share(maps), s.proxy)
-        target = run.control.change_target(target)
-        umm.blocks.requires_grad_(not run.control.frozen)      # for the graph of this loss alone
-        # Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1)
-        _, out[s.proxy] = losses_of(seq, target, s.hide)
-        umm.blocks.requires_grad_(True)
+        seq, target, r = world.maps_to_draw('train', index, my_share(maps), s.proxy)
+        out[s.proxy] = run.control.map_loss(run, index, seq, target, r)
     weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
     losses = {'loss': 0 * umm.source.sum()}                    # if nothing is known of these pictures
     for name, loss in out.items():

@@ -23,7 +23,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data  # before torch: it tells OpenMP how to wait
@@ -35,7 +35,8 @@ import model
 import sample
 import train
 from data import COLOURS, SHAPES, UserError
-from experiments import report
+from experiments import channels, drawing, report
+from experiments.channels import LONGER
 from folder import open_world
 
 RECIPE = 6      # counts changes of model or training after which old arms must not be mixed in
@@ -48,17 +49,12 @@ class Arm:
     """One way to post-train."""
     proxy: str = 'seg'                 # the map that is taught, or none
     trained: bool = True               # False: the base is measured as it is
-    longer: int = 1                    # times the steps of the other arms
+    longer: float = 1                  # times the steps of the other arms
     pictures: int = 0                  # distinct ones with maps, 0: endless
     questions: int = 0                 # distinct pictures with questions, 0: endless
     base: str = 'base'                 # the pre-trained run that it starts from
     flags: dict = field(default_factory=dict)                      # others of train.py
     control: train.Control = field(default_factory=train.Control)
-
-
-def shuffled(maps):
-    """The map of the next picture for each."""
-    return maps.roll(1, 0)
 
 
 def maps_first(s: train.Settings, step: int):
@@ -78,22 +74,70 @@ QUESTION_ARMS = {
     'sft-asked-800': Arm('none', questions=800),
     'seg-asked-800': Arm('seg', questions=800),
 }
+# What the map says times how it is taught, see channels.py. `-flops`: as many FLOPs as seg-order.
+CHANNEL_ARMS = {
+    'seg-order': Arm(flags={'hide': 0}),
+    'seg-blind': Arm(flags={'hide': 1}),
+    'seg-masked': Arm(control=train.Control(map_loss=channels.masked)),
+    'seg-readout': Arm(control=train.Control(map_loss=channels.readout)),
+    'seg-told': Arm(control=train.Control(map_loss=channels.told)),
+    'all-three': Arm(control=train.Control(map_loss=channels.in_turns)),
+}
+EQUAL_ARMS = {
+    'sft-flops': Arm('none', longer=LONGER['sft']),
+    'readout-flops': replace(CHANNEL_ARMS['seg-readout'], longer=LONGER['seg-readout']),
+    'told-flops': replace(CHANNEL_ARMS['seg-told'], longer=LONGER['seg-told']),
+}
+CONTENTS = {'regions': channels.regions, 'silhouette': channels.silhouette, 'cutout': channels.cutout,
+            'blank': channels.blank}
+CONTENT_ARMS = {}
+for _name, _content in CONTENTS.items():
+    CONTENT_ARMS[f'{_name}-order'] = Arm(flags={'hide': 0}, control=channels.of(_content))
+    CONTENT_ARMS[f'{_name}-readout'] = Arm(control=channels.of(_content, channels.readout))
+# On a base that knows shapes from questions alone, the nearest to a large model that knows its objects.
+LATER = {'pre_steps': 2660}        # batches are counted on: no picture of the base comes again
+KNOWN_ARMS = {
+    'known-none': Arm('none', trained=False, base='known'),
+    'known-sft': Arm('none', base='known', flags=LATER),
+    'known-edge': Arm('edge', base='known', flags=LATER),
+    'known-seg': Arm('seg', base='known', flags=LATER),
+    'known-order': replace(CHANNEL_ARMS['seg-order'], base='known', flags={'hide': 0, **LATER}),
+    'known-readout': replace(CHANNEL_ARMS['seg-readout'], base='known', flags=LATER),
+}
+# Three times the steps: does it end higher, or was it only sooner?
+LONG_ARMS = {
+    'sft-x3': Arm('none', longer=3),
+    'order-x3': replace(CHANNEL_ARMS['seg-order'], longer=3),
+    'blind-x3': replace(CHANNEL_ARMS['seg-blind'], longer=3),
+    'readout-x3': replace(CHANNEL_ARMS['seg-readout'], longer=3),
+}
+# Drawing when nothing else keeps it alive: no drawing is replayed
+DRAW_ARMS = {}
+for _name in ('none', 'recon', 'edge', 'depth', 'instance', 'seg'):
+    DRAW_ARMS[f'{_name}-alone'] = Arm(_name, flags={'post_draw': 0})
+    DRAW_ARMS[f'{_name}-alone-slow'] = Arm(_name, flags={'post_draw': 0, 'lr': 2e-4, 'muon_lr': .002})
 ARMS = {
     'none': Arm('none', trained=False),
     'sft': Arm('none'),                # questions alone
     **{name: Arm(name) for name in MAP_ARMS},
     'sft-long': Arm('none', longer=2),
     'seg-long': Arm('seg', longer=2),
-    'shuffled': Arm(control=train.Control(change_target=shuffled)),
-    'frozen': Arm(control=train.Control(frozen=True)),
+    'shuffled': Arm(control=train.Control(map_loss=channels.shuffled)),
+    'frozen': Arm(control=train.Control(map_loss=channels.frozen)),
     'first': Arm(control=train.Control(shares=maps_first)),
     **RATIO_ARMS,
     **SCALE_ARMS,
     **QUESTION_ARMS,
+    **CHANNEL_ARMS,
+    **EQUAL_ARMS,
+    **CONTENT_ARMS,
+    **KNOWN_ARMS,
+    **LONG_ARMS,
+    **DRAW_ARMS,
     'sft-code': Arm('none', base='base-code'),
     'seg-code': Arm('seg', base='base-code'),
 }
-BASES = {'base': {}, 'base-code': {'image_input': 'code'}}         # and their flags of train.py
+BASES = {'base': {}, 'known': {}, 'base-code': {'image_input': 'code'}}    # and their flags of train.py
 PLANS = {
     'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',
              'shuffled'),
@@ -103,6 +147,11 @@ PLANS = {
     'ratio': ('none', 'sft', 'seg', *RATIO_ARMS),
     'scale': ('none', 'sft', 'seg', *SCALE_ARMS),
     'questions': ('none', 'sft', 'seg', *QUESTION_ARMS),
+    'channel': ('none', 'sft', 'seg', *CHANNEL_ARMS, *EQUAL_ARMS),
+    'content': ('none', 'sft', 'seg-order', 'seg-readout', *CONTENT_ARMS),
+    'budget': ('none', *LONG_ARMS),
+    'known': tuple(KNOWN_ARMS),
+    'drawing': ('none', *DRAW_ARMS),
     'input': ('none', 'sft', 'seg', 'sft-code', 'seg-code'),
 }
 # Post-training shorter than the main job's: arms are compared while there is still something to learn.
@@ -380,7 +429,7 @@ def shares_while_drawing(umm, tok, world, scenes, r, rng) -> dict:
 # ---- one arm ----
 def plan_of(a) -> list:
     """What all arms of one folder share; others must not be mixed in."""
-    return [a.preset, a.n, RECIPE, a.data, a.steps]
+    return [a.preset, a.n, RECIPE, a.data, a.steps, a.dtype]
 
 
 def as_flags(values: dict) -> list[str]:
@@ -396,7 +445,7 @@ def flags_of(a, seed: int, base: str) -> list[str]:
         'preset': a.preset,
         'seed': seed,
         'device': a.device,
-        'dtype': 'float32',
+        'dtype': a.dtype,
         'threads': a.threads,
         **STEPS[a.preset],
         **BASES[base],
@@ -421,10 +470,14 @@ def begin(folder: Path, flags: list) -> train.Run:
 
 
 def run_base(a, seed: int, base: str, folder: Path) -> train.Run:
-    """The first two stages."""
-    run = begin(folder, flags_of(a, seed, base))
+    """The first two stages; `known`: and questions without maps, five times as many steps as an arm."""
+    flags = flags_of(a, seed, base)
+    steps = train.parse(flags).post_steps
+    run = begin(folder, flags + as_flags({'proxy': 'none', 'post_steps': 5 * steps}))
     train.train_tokenizer(run)
     train.pretrain(run)
+    if base == 'known':
+        train.posttrain(run)
     run.save('pretrained.safetensors', 'posttrain', 0)
     return run
 
@@ -434,7 +487,7 @@ def run_arm(a, seed: int, arm: Arm, folder: Path) -> train.Run:
     flags = flags_of(a, seed, arm.base)
     steps = train.parse(flags).post_steps
     pretrained = folder.parent / arm.base / 'pretrained.safetensors'
-    values = {'proxy': arm.proxy, **arm.flags, 'init': pretrained, 'post_steps': arm.longer * steps}
+    values = {'proxy': arm.proxy, **arm.flags, 'init': pretrained, 'post_steps': round(arm.longer * steps)}
     run = begin(folder, flags + as_flags(values))
     run.control = arm.control
     world = run.world
@@ -501,6 +554,7 @@ def measure(run: train.Run, n: int) -> dict:
     scores = {}
     if world.exact:
         scores['generation'] = evaluation.generation(umm, tok, world, max(2, n // 12), run.s.cfg)
+        scores['drawing'] = drawing.measure(umm, tok, world, 2 * n)
         scores['probe'] = probe(umm, tok, world, max(50, n * 3 // 4))
         scores['projection'] = projection(umm, tok, world, max(20, n // 10))
         scores['attention'] = attention_shares(umm, tok, world, max(16, n // 4))
@@ -586,6 +640,8 @@ def parse(argv=None):
     p.add_argument('--steps', type=int, default=0, help='of post-training, a multiple of 200 (gpu: '
                    '1,000, test: 6); 0: 400 (gpu: 3,000, test: 6)')
     p.add_argument('--data', default='', help='folder of real pictures instead of the procedural world')
+    p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='default float32, '
+                   'alike on all machines; bfloat16 is faster where the processor has units for it')
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
     p.add_argument('--skip-bad', action='store_true', help='leave out bad rows of --data')

@@ -1,0 +1,205 @@
+"""Labels or generation: what each channel reads and writes, what each content shows, the endpoints of drawing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model
+import train
+from data import World
+from experiments import channels, drawing, reproduce
+
+
+@pytest.fixture(scope='module')
+def run(run_dir, tmp_path_factory):
+    """A run that is about to post-train, at the test preset."""
+    out = tmp_path_factory.mktemp('channels')
+    init = str(run_dir / 'pretrained.safetensors')
+    flags = ['--preset', 'test', '--device', 'cpu', '--threads', '1', '--dtype', 'float32', '--hide', '0']
+    found = train.Run(train.parse([*flags, '--init', init, '--out', str(out)]), torch.device('cpu'))
+    g = torch.Generator().manual_seed(0)
+    for head in (found.umm.text_head, found.umm.pixel_head):       # heads that say something
+        head.weight.data.normal_(0, .3, generator=g)
+    return found
+
+
+def batch(run, B=4):
+    return run.world.maps_to_draw('train', 3, B, 'seg')
+
+
+# ---- contents ----
+def test_contents_show_what_they_say():
+    _, r, _ = World(32).scenes('train', 'x', 0, 8)
+    there = r.instance > 0
+    assert torch.equal(channels.silhouette(r).amax(1) > 0, there)
+    assert torch.equal(channels.regions(r).amax(1) > 0, there)
+    assert channels.blank(r).sum() == 0
+    cut = channels.cutout(r)
+    assert torch.equal(cut.sum(1)[~there], torch.zeros(int((~there).sum())))
+    inside = there[:, None].expand_as(cut)
+    assert torch.equal(cut[inside], r.image[inside])
+    # the n-th object in reading order has the n-th colour in every picture
+    for number in range(1, 5):
+        colours = channels.regions(r).permute(0, 2, 3, 1)[r.instance == number]
+        assert len(colours.unique(dim=0)) == 1
+
+
+def test_told_says_what_the_map_shows():
+    """The words are those of the scene's plan without its colours; of objects that can be seen."""
+    scenes, r, _ = World(32).scenes('train', 'x', 0, 64)
+    alike = 0
+    for scene, said in zip(scenes, channels.in_words(r)):
+        want = ', '.join(f'{data.CELLS[o.cell]} a {o.shape}' for o in scene.objects)
+        alike += said == want
+    assert alike >= 62             # an object that another one covers in part may seem to lie elsewhere
+
+
+# ---- channels ----
+def test_readout_is_a_classifier_of_the_pictures_own_states(run):
+    """No code of the map is read, nor the instruction; against the states that umm.hidden computes."""
+    seq, target, r = batch(run)
+    loss = channels.readout(run, 0, seq, target, r)
+    kept = []
+    hooks = [run.umm.blocks[-1].register_forward_hook(lambda block, given, out: kept.append(out))]
+    run.umm.hidden(seq)
+    hooks[0].remove()
+    logits = run.umm.pixel_head(model.norm(kept[0]))           # the picture goes first in each block
+    codes = run.tok.encode(target)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.mT, codes).item(), abs=1e-5)
+    other, _, _ = run.world.maps_to_draw('train', 4, 4, 'seg')
+    seq.text, seq.turn = other.text, other.turn
+    assert channels.readout(run, 0, seq, target, r).item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_masked_sees_shown_codes_on_both_sides_and_no_hidden_one(run):
+    seq, target, _ = batch(run)
+    codes = run.tok.encode(target)
+    hidden = torch.zeros_like(codes, dtype=torch.bool)
+    hidden[:, 5:9] = True
+    plain = channels.logits_of_masked(run, seq, codes, hidden)
+    changed = codes.clone()
+    changed[:, 5:9] = (changed[:, 5:9] + 1) % run.umm.c.codebook
+    assert torch.equal(channels.logits_of_masked(run, seq, changed, hidden), plain)
+    for place in (0, 12):                                      # before and after the hidden ones
+        changed = codes.clone()
+        changed[:, place] = (changed[:, place] + 1) % run.umm.c.codebook
+        other = channels.logits_of_masked(run, seq, changed, hidden)
+        assert (other[:, 5:9] - plain[:, 5:9]).abs().amax() > 1e-4
+
+
+def test_all_hidden_and_earlier_places_only_would_be_blind(run):
+    """Then masked computes what --hide 1 does."""
+    seq, target, _ = batch(run)
+    seq.codes = run.tok.encode(target)
+    hidden = torch.ones_like(seq.codes, dtype=torch.bool)
+    got = channels.logits_of_masked(run, seq, seq.codes, hidden, both_sides=False)
+    x = run.umm.hidden(seq, hide=1.)[:, seq.text.shape[1]:]
+    assert torch.allclose(got, run.umm.pixel_head(x), atol=1e-5)
+
+
+def test_order_and_blind(run):
+    """hide 0: a code sees the earlier ones; hide 1: it sees none."""
+    seq, target, _ = batch(run)
+    T = seq.text.shape[1]
+    seq.codes = run.tok.encode(target)
+    other = model.Sequence(seq.text, seq.turn, image=seq.image, codes=seq.codes.clone())
+    other.codes[:, 0] = (other.codes[:, 0] + 1) % run.umm.c.codebook
+    for hide, alike in ((0., False), (1., True)):
+        a = run.umm.hidden(seq, hide=hide)[:, T + 1:]
+        b = run.umm.hidden(other, hide=hide)[:, T + 1:]
+        assert torch.allclose(a, b, atol=1e-6) == alike
+
+
+def test_controls_that_shuffle_and_freeze(run):
+    seq, target, r = batch(run)
+    plain = train.generated(run, 0, seq, target, r)
+    rolled = train.generated(run, 0, seq, target.roll(1, 0), r)
+    assert torch.equal(channels.shuffled(run, 0, seq, target, r), rolled)
+    run.umm.zero_grad()
+    loss = channels.frozen(run, 0, seq, target, r)
+    assert torch.equal(loss, plain)
+    loss.backward()
+    assert all(p.grad is None for p in run.umm.blocks.parameters())
+    assert run.umm.pixel_head.weight.grad.abs().sum() > 0
+    run.umm.zero_grad()
+    # UniMRG: the third of three batches is segmentation
+    assert torch.equal(channels.in_turns(run, 2, seq, target, r), plain)
+
+
+# ---- equal cost ----
+def test_counted_flops_are_those_of_a_hand_count(run):
+    """Of reading the codes of maps off the picture, beside nothing else, forward only."""
+    from torch.utils.flop_counter import FlopCounterMode
+    seq, target, r = batch(run)
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        channels.readout(run, 0, seq, target, r)
+    with FlopCounterMode(display=False) as coding, torch.no_grad():
+        run.tok.encode(target)
+    c = run.umm.c
+    B, N, C, P = 4, len(run.umm.rc), c.n_embd, 3 * c.patch ** 2
+    products = P * C + c.n_layer * (3 + 1 + 4 + 4) * C * C + C * c.codebook
+    by_hand = 2 * B * N * products + c.n_layer * 2 * 2 * B * N * N * C
+    assert whole.get_total_flops() - coding.get_total_flops() == by_hand
+
+
+# ---- drawing without sampling ----
+def test_swapped_scenes_differ_in_nothing_else():
+    world = World(32)
+    s, found = drawing.pair_batch(world, 'test', 0)
+    _, i = found[0]
+    for what in ('sides', 'colours'):
+        a, b = data.scenes_as_objects(s)[i].objects
+        x, y = data.scenes_as_objects(drawing.swapped(s, what))[i].objects
+        assert (x.colour, y.colour) == (b.colour, a.colour)
+        shapes = (b.shape, a.shape) if what == 'sides' else (a.shape, b.shape)
+        assert (x.shape, y.shape) == shapes
+        assert (x.x, x.y, x.z, y.x, y.y, y.z) == (a.x, a.y, a.z, b.x, b.y, b.z)
+
+
+def test_forced_choice_against_naive_code(run):
+    """One picture at a time, log-probabilities added code by code."""
+    umm, tok, world = run.umm, run.tok, run.world
+    got = drawing.choices(umm, tok, world, 1, 'val')
+    s, found = drawing.pair_batch(world, 'val', 0)
+    chosen = torch.tensor([i for _, i in found])
+    true = data.Scenes(*[t[chosen] for t in s])
+    other = drawing.swapped(true, 'sides')
+    pictures = []
+    for scenes in (true, other):
+        g = data.generator(world.seed, 'val', 'choice texture', 0)
+        pictures.append(tok.encode(data.render(scenes, world.size, g).image))
+    right = 0
+    for b, (text, _) in enumerate(found):
+        plan = drawing.told(true)[b]
+        likely = []
+        for codes in pictures:
+            seq = data.pack(world.text, [[(text, plan)]])
+            seq.codes = codes[b:b + 1]
+            with torch.no_grad():
+                x = umm.hidden(seq)[0, seq.text.shape[1]:]
+                log_p = umm.pixel_head(x).log_softmax(-1)
+            total = 0
+            for place, code in enumerate(codes[b].tolist()):
+                total += log_p[place, code].item()
+            likely.append(total)
+        right += likely[0] > likely[1]
+    assert got['sides']['n'] == len(found)
+    assert got['sides']['value'] == pytest.approx(right / len(found), abs=1.5 / len(found))
+
+
+def test_likelihood_is_the_loss_of_drawings(run):
+    got = drawing.likelihood(run.umm, run.tok, run.world, 64, 'val')
+    seq, target = run.world.drawings('val', 0, 64, drop=0, stream='likelihood')
+    seq.codes = run.tok.encode(target)
+    with torch.no_grad():
+        _, pixel = run.umm(seq)
+    assert got['nats a code'] == pytest.approx(pixel.item(), abs=1e-5)
+
+
+# ---- plans ----
+def test_every_arm_of_the_plans_is_known():
+    for plan in reproduce.PLANS.values():
+        assert set(plan) <= reproduce.ARMS.keys()
+    assert reproduce.ARMS['seg-order'].flags == {'hide': 0}
+    assert reproduce.ARMS['sft-flops'].longer > reproduce.ARMS['readout-flops'].longer > 1
