@@ -179,7 +179,7 @@ def test_a_claim_of_no_change_is_no_difference_that_survives():
 def plan(out, **changed):
     """The arguments of a small plan."""
     a = dict(out=out, preset='test', data='', skip_bad=False, steps=0, device='cpu', threads=1, n=16)
-    a |= dict(jobs=1, seeds=1)
+    a |= dict(jobs=1, seeds=1, dtype='float32')
     return types.SimpleNamespace(**a | changed)
 
 
@@ -251,22 +251,16 @@ def test_arms_differ_in_nothing_but_the_target(arms):
 def test_a_result_says_what_it_was_made_with(arms):
     out, _ = arms
     result = json.loads((out / 'seed0' / 'seg' / 'result.json').read_text())
-    assert result['plan'] == ['test', 16, reproduce.RECIPE, '', 0]
+    assert result['plan'] == ['test', 16, reproduce.RECIPE, '', 0, 'float32']
     assert result['threads'] == 1
     assert result['commit'] == reproduce.commit()
     assert len(result['commit']) in (0, 40)  # none in a copy without its history
 
 
-def test_controls_change_the_maps_alone():
-    maps = torch.arange(4)
-    arms = reproduce.ARMS
-    assert arms['shuffled'].control.change_target(maps).tolist() == [3, 0, 1, 2]
-    assert arms['seg'].control.change_target(maps) is maps
-    assert arms['frozen'].control.frozen
-    assert not arms['seg'].control.frozen
-    # as much of both in all: maps in the first half, then questions, the late ones last
+def test_maps_first_shows_as_much_of_both():
+    """Maps in the first half, then questions, the late ones last."""
     s = train.Settings(post_steps=20, late_from=.3)
-    amounts = [arms['first'].control.shares(s, step) for step in range(20)]
+    amounts = [reproduce.ARMS['first'].control.shares(s, step) for step in range(20)]
     assert amounts[:10] == [(0, 2, False)] * 10
     assert amounts[10:13] == [(2, 0, False)] * 3
     assert amounts[13:] == [(2, 0, True)] * 7

@@ -17,7 +17,8 @@ import model
 import sample
 import train
 from data import UserError
-from experiments.reproduce import maps_first, shuffled
+from experiments import channels
+from experiments.reproduce import maps_first
 
 
 # ---- optimizers ----
@@ -386,7 +387,7 @@ def test_the_supervised_target_is_the_map_and_shuffled_is_another_pictures(world
     assert torch.equal(target, want)
 
     run = tiny_run(world, '--proxy', name)
-    run.control = train.Control(change_target=shuffled)
+    run.control = train.Control(map_loss=channels.shuffled)
     target = taught(run)
     assert torch.equal(target, want.roll(1, 0))
     for other, own in zip(target, want):
@@ -396,7 +397,8 @@ def test_the_supervised_target_is_the_map_and_shuffled_is_another_pictures(world
 @pytest.mark.parametrize('frozen', [False, True])
 def test_frozen_keeps_the_map_off_the_blocks_and_only_that(world, frozen):
     run = tiny_run(world)
-    run.control = train.Control(frozen=frozen)
+    if frozen:
+        run.control = train.Control(map_loss=channels.frozen)
     train.umm_losses(run, 0, 0, 0, 4)['loss'].backward()
     moved = [p.grad is not None for p in run.umm.blocks.parameters()]
     assert any(moved) is not frozen
