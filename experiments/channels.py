@@ -12,7 +12,7 @@ order, with the same weight:
     readout    nothing is generated: the picture's own last states say the map's codes, patch by patch
     told       nothing is generated: an answer in words says which shape is where
 
-    python -m experiments.channels          counts the FLOPs of a step of each, for LONGER below
+    python -m experiments.channels          counts the FLOPs of a step of each, for GFLOPS below
 """
 import argparse
 import math
@@ -26,8 +26,10 @@ import train
 from data import MAPS, Rendering
 from model import KV, norm
 
-# Steps that cost as many FLOPs as one in which maps are generated in order (cpu preset, counted by this file)
-LONGER = {'sft': 1.447, 'seg-readout': 1.175, 'seg-told': 1.158}
+# GFLOPs of a step of post-training, cpu preset: what this file counts
+GFLOPS = {'sft': 15.46, 'seg-readout': 19.04, 'seg-told': 19.32, 'seg-order': 22.37}
+# So many steps cost as much as one in which maps are generated
+LONGER = {name: GFLOPS['seg-order'] / count for name, count in GFLOPS.items()}
 
 
 # ---- contents: Rendering -> the map that is taught, [B, 3, S, S] ----
@@ -187,12 +189,11 @@ def flops_a_step(run: train.Run, steps: int) -> float:
 
 
 def main():
-    """Print, for each arm of the plan `channel`, FLOPs of a step and steps of equal cost."""
+    """Print the FLOPs of a step of each arm of the plan `channel`."""
     from experiments import reproduce
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--init', default='out/cpu/pretrained.safetensors', help='a base (default %(default)s)')
     a = p.parse_args()
-    counts = {}
     for name in reproduce.PLANS['channel']:
         arm = reproduce.ARMS[name]
         if not arm.trained:
@@ -201,9 +202,7 @@ def main():
         flags = reproduce.as_flags(values)
         run = train.Run(train.parse([*flags, '--overwrite', '--dtype', 'float32']), data.find_device('cpu'))
         run.control = arm.control
-        counts[name] = flops_a_step(run, 10)
-    for name, count in counts.items():
-        print(f"{name}: {count / 1e9:.2f} GFLOPs a step, {counts['seg-order'] / count:.3f}")
+        print(f'{name}: {flops_a_step(run, 10) / 1e9:.2f} GFLOPs a step')
 
 
 if __name__ == '__main__':

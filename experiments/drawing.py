@@ -6,6 +6,8 @@
 The other picture is the same scene with the two objects' places exchanged (`sides`), or their colours
 (`colours`): same background, same noise. Choosing at random is right half of the time.
 """
+from collections import Counter
+
 import data  # before torch: it tells OpenMP how to wait
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,12 @@ def nats_of_rows(umm, s) -> tuple:
     """-> (nats a text target, nats a code) of each row, [B], [B]; the sequence has one row a picture."""
     x = umm.hidden(s)                                                                 # [B,T+N,C]
     T = s.text.shape[1]
-    text = F.cross_entropy(umm.text_head(x[:, :T]).mT, s.target.clamp(min=0), reduction='none')
-    asked = s.target >= 0                                                             # [B,T]
-    text = (text * asked).sum(1) / asked.sum(1)                                       # [B]
-    pixel = F.cross_entropy(umm.pixel_head(x[:, T:]).mT, s.codes, reduction='none')   # [B,N]
-    return text, pixel.mean(1)
+    words = umm.text_head(x[:, :T]).mT                                                # [B,V,T]
+    codes = umm.pixel_head(x[:, T:]).mT                                               # [B,K,N]
+    text = F.cross_entropy(words, s.target, ignore_index=-1, reduction='none')        # [B,T]
+    pixel = F.cross_entropy(codes, s.codes, reduction='none')                         # [B,N]
+    asked = (s.target >= 0).sum(1)                                                    # [B]
+    return text.sum(1) / asked, pixel.mean(1)
 
 
 def swapped(s: Scenes, what: str) -> Scenes:
@@ -36,19 +39,19 @@ def swapped(s: Scenes, what: str) -> Scenes:
     return s._replace(colour=colour, shape=s.shape[:, order])
 
 
-def pair_batch(world, split: str, index: int) -> list:
-    """[(caption, plan, Scenes of one scene, texture)]: scenes of two objects with two shapes and two
-    colours, one of which is clearly left of, right of, above or below the other."""
-    g = data.generator(world.seed, split, 'choice', index)
-    s = data.sample_scenes(4 * B, g)
+def pair_batch(world, split: str, index: int) -> tuple:
+    """-> (Scenes, [(caption, number of the scene)]): those of two objects with two shapes and two colours,
+    one of which is clearly left of, right of, above or below the other."""
+    s = data.sample_scenes(4 * B, data.generator(world.seed, split, 'choice', index))
     rng = data.python_random(world.seed, split, 'choice', index)
     found = []
-    for i, scene in enumerate(data.scenes_as_objects(s)):
-        if len(scene.objects) != 2:
-            continue
-        a, b = scene.objects
-        text = data.caption(scene.objects, 'relation', rng)
-        if text and a.shape != b.shape and a.colour != b.colour:
+    for i, (objects, _) in enumerate(data.scenes_as_objects(s)):
+        text = None
+        if len(objects) == 2:
+            text = data.caption(objects, 'relation', rng)
+        shapes = {o.shape for o in objects}
+        colours = {o.colour for o in objects}
+        if text and len(shapes) == 2 and len(colours) == 2:
             found.append((text, i))
     return s, found
 
@@ -62,31 +65,32 @@ def told(scenes: Scenes) -> list[str]:
 def choices(umm, tok, world, n=1000, split='test') -> dict:
     """{'sides', 'colours': the true picture is likelier, given caption and true plan; 'plan sides', 'plan
     colours': the true plan is likelier, given the caption}: shares of n pairs, or a few more."""
-    right = {'sides': 0, 'colours': 0, 'plan sides': 0, 'plan colours': 0}
-    total = index = 0
+    right, total, index = Counter(), 0, 0
     while total < n:
         s, found = pair_batch(world, split, index)
-        chosen = torch.tensor([i for _, i in found])
-        texts = [text for text, _ in found]
-        true = Scenes(*[t[chosen] for t in s])
+        texts, chosen = zip(*found)
+        true = Scenes(*[t[list(chosen)] for t in s])
         plans = told(true)
-        nats = {}
-        for what in ('true', 'sides', 'colours'):
-            scenes = true if what == 'true' else swapped(true, what)
-            # the same texture and noise for all three
+
+        def nats(scenes):
+            """Of their plans, and of their pictures with the true plans; texture and noise are the same."""
             g = data.generator(world.seed, split, 'choice texture', index)
-            codes = tok.encode(data.render(scenes, world.size, g).image)
-            nats[what] = nats_of(umm, world, texts, plans, codes)[1]
-            nats['plan ' + what] = nats_of(umm, world, texts, told(scenes), codes)[0]
+            codes = tok.encode(data.render(scenes, world.size, g).image)              # [B,N]
+            plan, _ = nats_of(umm, world, texts, told(scenes), codes)
+            _, picture = nats_of(umm, world, texts, plans, codes)
+            return plan, picture
+
+        plan, picture = nats(true)                                                    # [B], [B]
         for what in ('sides', 'colours'):
-            right[what] += int((nats['true'] < nats[what]).sum())
-            right['plan ' + what] += int((nats['plan true'] < nats['plan ' + what]).sum())
+            other_plan, other_picture = nats(swapped(true, what))
+            right[what] += int((picture < other_picture).sum())
+            right[f'plan {what}'] += int((plan < other_plan).sum())
         total += len(texts)
         index += 1
     return {what: evaluation.share(count, total) for what, count in right.items()}
 
 
-def nats_of(umm, world, texts, plans, codes):
+def nats_of(umm, world, texts, plans, codes) -> tuple:
     """As nats_of_rows, of captions with plans and pictures."""
     s = data.pack(world.text, [[turn] for turn in zip(texts, plans)], device=world.device)
     s.codes = codes
@@ -103,8 +107,9 @@ def likelihood(umm, tok, world, n=512, split='test') -> dict:
         text_nats, pixel_nats = nats_of_rows(umm, s)
         text.append(text_nats)
         pixel.append(pixel_nats)
-    return {'nats a code': torch.cat(pixel).mean().item(),
-            'nats a plan token': torch.cat(text).mean().item()}
+    code = torch.cat(pixel).mean().item()
+    token = torch.cat(text).mean().item()
+    return {'nats a code': code, 'nats a plan token': token}
 
 
 def measure(umm, tok, world, n=1000) -> dict:

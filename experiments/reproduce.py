@@ -645,7 +645,8 @@ def parse(argv=None):
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
     p.add_argument('--skip-bad', action='store_true', help='leave out bad rows of --data')
-    p.add_argument('--report', action='store_true', help='write the report only')
+    p.add_argument('--report', nargs='?', const='out', default='', metavar='FILE',
+                   help='write the report only; of a scores.json: its tables, beside it')
     a = p.parse_args(argv)
     arms = a.arms.split(',') if a.arms else PLANS[a.only]
     check(a, arms)
@@ -696,6 +697,9 @@ def teachable(a, arms) -> list:
 
 def main(argv=None):
     a, arms = parse(argv)
+    if a.report.endswith('.json'):
+        report.report(Path(a.report))
+        return
     os.environ['TQDM_DISABLE'] = '1'                       # the workers' bars would mix
     failed = []
     if not a.report:

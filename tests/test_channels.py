@@ -1,5 +1,7 @@
 """Labels or generation: what each channel reads and writes, what each content shows, the endpoints of drawing."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ import data
 import model
 import train
 from data import World
-from experiments import channels, drawing, reproduce
+from experiments import channels, drawing, labels, reproduce
 
 
 @pytest.fixture(scope='module')
@@ -17,15 +19,23 @@ def run(run_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp('channels')
     init = str(run_dir / 'pretrained.safetensors')
     flags = ['--preset', 'test', '--device', 'cpu', '--threads', '1', '--dtype', 'float32', '--hide', '0']
-    found = train.Run(train.parse([*flags, '--init', init, '--out', str(out)]), torch.device('cpu'))
+    s = train.parse([*flags, '--init', init, '--out', str(out)])
+    found = train.Run(s, torch.device('cpu'))
     g = torch.Generator().manual_seed(0)
     for head in (found.umm.text_head, found.umm.pixel_head):       # heads that say something
         head.weight.data.normal_(0, .3, generator=g)
     return found
 
 
-def batch(run, B=4):
-    return run.world.maps_to_draw('train', 3, B, 'seg')
+def batch(run, index=3):
+    return run.world.maps_to_draw('train', index, 4, 'seg')
+
+
+def another(run, codes, places):
+    """The same codes, but other ones at some places of every picture."""
+    changed = codes.clone()
+    changed[:, places] += 1
+    return changed % run.umm.c.codebook
 
 
 # ---- contents ----
@@ -36,12 +46,13 @@ def test_contents_show_what_they_say():
     assert torch.equal(channels.regions(r).amax(1) > 0, there)
     assert channels.blank(r).sum() == 0
     cut = channels.cutout(r)
-    assert torch.equal(cut.sum(1)[~there], torch.zeros(int((~there).sum())))
     inside = there[:, None].expand_as(cut)
+    assert cut[~inside].sum() == 0
     assert torch.equal(cut[inside], r.image[inside])
     # the n-th object in reading order has the n-th colour in every picture
     for number in range(1, 5):
-        colours = channels.regions(r).permute(0, 2, 3, 1)[r.instance == number]
+        maps = channels.regions(r).permute(0, 2, 3, 1)                                # [B,S,S,3]
+        colours = maps[r.instance == number]
         assert len(colours.unique(dim=0)) == 1
 
 
@@ -50,8 +61,9 @@ def test_told_says_what_the_map_shows():
     scenes, r, _ = World(32).scenes('train', 'x', 0, 64)
     alike = 0
     for scene, said in zip(scenes, channels.in_words(r)):
-        want = ', '.join(f'{data.CELLS[o.cell]} a {o.shape}' for o in scene.objects)
-        alike += said == want
+        want = [f'{data.CELLS[o.cell]} a {o.shape}' for o in scene.objects]
+        if said == ', '.join(want):
+            alike += 1
     assert alike >= 62             # an object that another one covers in part may seem to lie elsewhere
 
 
@@ -60,16 +72,18 @@ def test_readout_is_a_classifier_of_the_pictures_own_states(run):
     """No code of the map is read, nor the instruction; against the states that umm.hidden computes."""
     seq, target, r = batch(run)
     loss = channels.readout(run, 0, seq, target, r)
-    kept = []
-    hooks = [run.umm.blocks[-1].register_forward_hook(lambda block, given, out: kept.append(out))]
+    states = []
+    last = run.umm.blocks[-1]
+    hook = last.register_forward_hook(lambda block, given, out: states.append(out))
     run.umm.hidden(seq)
-    hooks[0].remove()
-    logits = run.umm.pixel_head(model.norm(kept[0]))           # the picture goes first in each block
-    codes = run.tok.encode(target)
-    assert loss.item() == pytest.approx(F.cross_entropy(logits.mT, codes).item(), abs=1e-5)
-    other, _, _ = run.world.maps_to_draw('train', 4, 4, 'seg')
+    hook.remove()
+    picture = states[0]                                        # it goes first in each block
+    logits = run.umm.pixel_head(model.norm(picture))
+    want = F.cross_entropy(logits.mT, run.tok.encode(target))
+    assert torch.allclose(loss, want, atol=1e-5)
+    other, _, _ = batch(run, 4)
     seq.text, seq.turn = other.text, other.turn
-    assert channels.readout(run, 0, seq, target, r).item() == pytest.approx(loss.item(), abs=1e-6)
+    assert torch.equal(channels.readout(run, 0, seq, target, r), loss)
 
 
 def test_masked_sees_shown_codes_on_both_sides_and_no_hidden_one(run):
@@ -78,14 +92,13 @@ def test_masked_sees_shown_codes_on_both_sides_and_no_hidden_one(run):
     hidden = torch.zeros_like(codes, dtype=torch.bool)
     hidden[:, 5:9] = True
     plain = channels.logits_of_masked(run, seq, codes, hidden)
-    changed = codes.clone()
-    changed[:, 5:9] = (changed[:, 5:9] + 1) % run.umm.c.codebook
+    changed = another(run, codes, slice(5, 9))
     assert torch.equal(channels.logits_of_masked(run, seq, changed, hidden), plain)
     for place in (0, 12):                                      # before and after the hidden ones
-        changed = codes.clone()
-        changed[:, place] = (changed[:, place] + 1) % run.umm.c.codebook
+        changed = another(run, codes, place)
         other = channels.logits_of_masked(run, seq, changed, hidden)
-        assert (other[:, 5:9] - plain[:, 5:9]).abs().amax() > 1e-4
+        difference = (other - plain).abs()
+        assert difference[:, 5:9].amax() > 1e-4
 
 
 def test_all_hidden_and_earlier_places_only_would_be_blind(run):
@@ -94,7 +107,8 @@ def test_all_hidden_and_earlier_places_only_would_be_blind(run):
     seq.codes = run.tok.encode(target)
     hidden = torch.ones_like(seq.codes, dtype=torch.bool)
     got = channels.logits_of_masked(run, seq, seq.codes, hidden, both_sides=False)
-    x = run.umm.hidden(seq, hide=1.)[:, seq.text.shape[1]:]
+    T = seq.text.shape[1]
+    x = run.umm.hidden(seq, hide=1.)[:, T:]
     assert torch.allclose(got, run.umm.pixel_head(x), atol=1e-5)
 
 
@@ -103,12 +117,13 @@ def test_order_and_blind(run):
     seq, target, _ = batch(run)
     T = seq.text.shape[1]
     seq.codes = run.tok.encode(target)
-    other = model.Sequence(seq.text, seq.turn, image=seq.image, codes=seq.codes.clone())
-    other.codes[:, 0] = (other.codes[:, 0] + 1) % run.umm.c.codebook
+    changed = another(run, seq.codes, 0)
+    other = model.Sequence(seq.text, seq.turn, image=seq.image, codes=changed)
     for hide, alike in ((0., False), (1., True)):
-        a = run.umm.hidden(seq, hide=hide)[:, T + 1:]
-        b = run.umm.hidden(other, hide=hide)[:, T + 1:]
-        assert torch.allclose(a, b, atol=1e-6) == alike
+        a = run.umm.hidden(seq, hide=hide)
+        b = run.umm.hidden(other, hide=hide)
+        after = slice(T + 1, None)                             # what stands after the changed code
+        assert torch.allclose(a[:, after], b[:, after], atol=1e-6) == alike
 
 
 def test_controls_that_shuffle_and_freeze(run):
@@ -137,10 +152,14 @@ def test_counted_flops_are_those_of_a_hand_count(run):
     with FlopCounterMode(display=False) as coding, torch.no_grad():
         run.tok.encode(target)
     c = run.umm.c
-    B, N, C, P = 4, len(run.umm.rc), c.n_embd, 3 * c.patch ** 2
-    products = P * C + c.n_layer * (3 + 1 + 4 + 4) * C * C + C * c.codebook
-    by_hand = 2 * B * N * products + c.n_layer * 2 * 2 * B * N * N * C
-    assert whole.get_total_flops() - coding.get_total_flops() == by_hand
+    B, C = 4, c.n_embd
+    N = len(run.umm.rc)
+    embedding = 3 * c.patch ** 2 * C
+    matrices = (3 + 1 + 4 + 4) * C * C                         # qkv, proj, up, down
+    attention = 2 * N * C                                      # scores, and the mean of the values
+    each = embedding + c.n_layer * (matrices + attention) + C * c.codebook
+    counted = whole.get_total_flops() - coding.get_total_flops()
+    assert counted == 2 * B * N * each                         # a product and a sum
 
 
 # ---- drawing without sampling ----
@@ -148,13 +167,15 @@ def test_swapped_scenes_differ_in_nothing_else():
     world = World(32)
     s, found = drawing.pair_batch(world, 'test', 0)
     _, i = found[0]
-    for what in ('sides', 'colours'):
-        a, b = data.scenes_as_objects(s)[i].objects
-        x, y = data.scenes_as_objects(drawing.swapped(s, what))[i].objects
-        assert (x.colour, y.colour) == (b.colour, a.colour)
-        shapes = (b.shape, a.shape) if what == 'sides' else (a.shape, b.shape)
-        assert (x.shape, y.shape) == shapes
-        assert (x.x, x.y, x.z, y.x, y.y, y.z) == (a.x, a.y, a.z, b.x, b.y, b.z)
+    a, b = data.scenes_as_objects(s)[i].objects
+    other = drawing.swapped(s, 'colours')
+    x, y = data.scenes_as_objects(other)[i].objects
+    assert x == a._replace(colour=b.colour)
+    assert y == b._replace(colour=a.colour)
+    other = drawing.swapped(s, 'sides')
+    x, y = data.scenes_as_objects(other)[i].objects
+    assert x == a._replace(colour=b.colour, shape=b.shape)
+    assert y == b._replace(colour=a.colour, shape=a.shape)
 
 
 def test_forced_choice_against_naive_code(run):
@@ -168,7 +189,8 @@ def test_forced_choice_against_naive_code(run):
     pictures = []
     for scenes in (true, other):
         g = data.generator(world.seed, 'val', 'choice texture', 0)
-        pictures.append(tok.encode(data.render(scenes, world.size, g).image))
+        r = data.render(scenes, world.size, g)
+        pictures.append(tok.encode(r.image))
     right = 0
     for b, (text, _) in enumerate(found):
         plan = drawing.told(true)[b]
@@ -184,8 +206,9 @@ def test_forced_choice_against_naive_code(run):
                 total += log_p[place, code].item()
             likely.append(total)
         right += likely[0] > likely[1]
-    assert got['sides']['n'] == len(found)
-    assert got['sides']['value'] == pytest.approx(right / len(found), abs=1.5 / len(found))
+    n = got['sides']['n']
+    assert n == len(found)
+    assert abs(got['sides']['value'] * n - right) < 1.5        # sums in another order: a tie may break
 
 
 def test_likelihood_is_the_loss_of_drawings(run):
@@ -203,3 +226,16 @@ def test_every_arm_of_the_plans_is_known():
         assert set(plan) <= reproduce.ARMS.keys()
     assert reproduce.ARMS['seg-order'].flags == {'hide': 0}
     assert reproduce.ARMS['sft-flops'].longer > reproduce.ARMS['readout-flops'].longer > 1
+
+
+def test_the_bound_of_one_who_knows_all_but_shapes():
+    """It guesses shapes, knows sizes and colours well, and names what is somewhere by luck."""
+    ring = data.Object('ring', 'red', 0, .2, .2, .9)
+    scene = data.Scene([ring], -1)
+    rng = random.Random(0)
+    assert labels.guess_without_shapes(scene, 'size', ['red ring'], rng) == 'small'
+    assert labels.guess_without_shapes(scene, 'colour', ['ring'], rng) == 'red'
+    guess = labels.guess_without_shapes(scene, 'what', ['top left'], rng)
+    assert guess.startswith('red ')
+    other = labels.without_shapes(scene, rng).objects[0]
+    assert other._replace(shape='ring') == ring

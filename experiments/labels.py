@@ -1,0 +1,161 @@
+"""Labels or generation? The figure of the plans `channel` and `budget`, and what one could know without shapes.
+
+    python -m experiments.labels experiments/results/scores-channel.json     writes labels.png beside it
+    python -m experiments.labels --bound                                     prints the shape-blind bound
+
+Left: validation accuracy against what training has cost. Right: what each channel gains over questions
+alone at equal FLOPs, by group of questions. Arms differ in colour, in the marker and in the dashes.
+"""
+import argparse
+import random
+from collections import Counter
+from pathlib import Path
+
+import data  # before torch: it tells OpenMP how to wait
+import numpy as np
+
+from data import QUESTIONS, SHAPES, UserError, World
+from experiments import report
+from experiments.channels import GFLOPS
+
+# arm: (label, colour, marker, dashes); colours of Okabe and Ito, which differ for colour-blind people too
+STYLES = {
+    'sft-flops': ('questions alone', '#000000', 'o', '-'),
+    'told-flops': ('told in words', '#999999', 'X', ':'),
+    'readout-flops': ('read out', '#D55E00', 's', '-'),
+    'seg-order': ('generated in order', '#0072B2', '^', '--'),
+    'seg-masked': ('generated masked', '#56B4E9', 'v', '--'),
+    'seg-blind': ('generated blind', '#009E73', 'D', '-.'),
+    'seg': ('mixture (train.py)', '#CC79A7', 'P', '-.'),
+}
+LONG = {'sft-flops': 'sft-x3', 'readout-flops': 'readout-x3', 'seg-order': 'order-x3',
+        'seg-blind': 'blind-x3'}
+COST = {'sft-flops': GFLOPS['sft'], 'sft-x3': GFLOPS['sft'], 'told-flops': GFLOPS['seg-told'],
+        'readout-flops': GFLOPS['seg-readout'], 'readout-x3': GFLOPS['seg-readout']}
+# Accuracy of one who knows all of a scene but its shapes; printed by --bound
+SHAPE_BLIND = {}
+
+
+# ---- the shape-blind bound ----
+def without_shapes(scene: data.Scene, rng: random.Random) -> data.Scene:
+    """The same scene with other shapes, no (colour, shape) twice; what may be counted stays."""
+    while True:
+        objects = [o._replace(shape=rng.choice(SHAPES)) for o in scene.objects]
+        if len({o.name for o in objects}) == len(objects):
+            return data.Scene(objects, scene.theme)
+
+
+def guess_without_shapes(scene, kind: str, words, rng: random.Random, enough=15, tries=20_000):
+    """The likeliest answer over scenes that differ in their shapes alone: of `enough` of those in which the
+    question is asked in these words. None where it never is."""
+    answers = Counter()
+    for _ in range(tries):
+        found = QUESTIONS[kind].ask(without_shapes(scene, rng), rng)
+        if found and list(found[0]) == list(words):
+            answers[found[1]] += 1
+        if answers.total() == enough:
+            break
+    return answers.most_common(1)[0][0] if answers else None
+
+
+def shape_blind(n=300) -> dict:
+    """{type of question: accuracy without knowing shapes}, by simulation of n test scenes."""
+    scenes, _, _ = World(32).scenes('test', 'shape blind', 0, n, pixels=False)
+    rng = random.Random(0)
+    bound = {}
+    for kind in data.VISUAL:
+        right = total = 0
+        for scene in scenes:
+            found = QUESTIONS[kind].ask(scene, rng)
+            if not found:
+                continue
+            words, answer = found
+            total += 1
+            right += guess_without_shapes(scene, kind, words, rng) == answer
+        bound[kind] = right / total
+    return bound
+
+
+# ---- the figure ----
+def cost_curve(result: dict) -> list:
+    """[(TFLOPs of post-training so far, validation accuracy)]."""
+    cost = COST.get(result['arm'], GFLOPS['seg-order'])
+    return [(step * cost / 1e3, value) for step, value in report.curve_of(result, 'mean')]
+
+
+def draw_costs(ax, found):
+    """Validation accuracy against cost, the longest run of each channel."""
+    for arm, (label, ink, mark, dashes) in STYLES.items():
+        by_seed = found.get(LONG.get(arm), found.get(arm))
+        if not by_seed:
+            continue
+        curves = [dict(cost_curve(result)) for result in by_seed.values()]
+        x = sorted(set.intersection(*[set(curve) for curve in curves]))
+        y = np.array([[curve[i] for i in x] for curve in curves])                     # [seeds,n]
+        mean = y.mean(0)
+        ax.plot(x, mean, color=ink, marker=mark, ls=dashes, ms=4, lw=1.3,
+                label=f'{label} ({len(curves)} seeds)')
+        if len(curves) > 2:
+            error = y.std(0, ddof=1) / len(curves) ** .5
+            half = report.t_quantile(.975, len(curves) - 1) * error
+            ax.fill_between(x, mean - half, mean + half, color=ink, alpha=.1, lw=0)
+    if SHAPE_BLIND:
+        bound = np.mean(list(SHAPE_BLIND.values()))
+        ax.axhline(bound, color='black', lw=.8, ls=':')
+        ax.annotate('all but shapes', (0, bound), va='bottom', fontsize=7)
+    ax.set(xlabel='TFLOPs of post-training', ylabel='validation accuracy')
+    ax.legend(fontsize=7)
+
+
+def draw_gains(ax, found):
+    """Points above questions alone at equal FLOPs, by group."""
+    arms = [arm for arm in STYLES if arm in found and arm != 'sft-flops']
+    groups = report.GROUPS
+    for i, arm in enumerate(arms):
+        label, ink, mark, _ = STYLES[arm]
+        effects = [report.difference(found, arm, 'sft-flops', ('understanding', kinds))
+                   for kinds in groups.values()]
+        middle, half = report.bars(effects)
+        beside = (i - (len(arms) - 1) / 2) * .8 / len(arms)    # arms stand side by side
+        x = np.arange(len(groups)) + beside
+        ax.errorbar(x, middle, half, fmt=mark, color=ink, label=label, ms=5, lw=1, mec='black', mew=.4)
+    names = [f"{group}\n{', '.join(kinds)}" for group, kinds in groups.items()]
+    ax.set_xticks(range(len(groups)), names, fontsize=7)
+    ax.axhline(0, color='black', lw=.7)
+    ax.set_ylabel('points above questions alone')
+    ax.set_title(f'at equal FLOPs, test split, {report.seeds_of(found, arms)}', loc='left', fontsize=9)
+
+
+def figure(found, path: Path):
+    """Both panels."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    plt.rcParams.update(report.LOOK)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    draw_costs(left, found)
+    left.set_title('Labels or generation?', loc='left')
+    draw_gains(right, found)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('scores', nargs='?', type=Path, help='scores.json of experiments.reproduce')
+    p.add_argument('--bound', action='store_true', help='print what can be known without shapes')
+    a = p.parse_args()
+    if a.bound:
+        for kind, accuracy in shape_blind().items():
+            print(f'{kind}: {accuracy:.2f}')
+        return
+    if a.scores is None or not a.scores.is_file():
+        raise UserError(f'no file of scores: {a.scores}; name one, as experiments.reproduce writes it')
+    path = a.scores.with_name('labels.png')
+    figure(report.collect(a.scores), path)
+    print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    data.guard(main)
