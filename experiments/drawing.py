@@ -56,9 +56,10 @@ def pair_batch(world, split: str, index: int) -> tuple:
     return s, found
 
 
-def told(scenes: Scenes) -> list[str]:
-    """The plans of scenes."""
-    return [data.caption(scene.objects, 'place', None) for scene in data.scenes_as_objects(scenes)]
+def plans_of(world, scenes: Scenes) -> list[str]:
+    """The plans of scenes; empty in a world that has none."""
+    objects = data.scenes_as_objects(scenes)
+    return [world.describe(scene, 'place', None) or '' for scene in objects]
 
 
 @torch.no_grad()
@@ -70,13 +71,13 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
         s, found = pair_batch(world, split, index)
         texts, chosen = zip(*found)
         true = Scenes(*[t[list(chosen)] for t in s])
-        plans = told(true)
+        plans = plans_of(world, true)
 
         def nats(scenes):
             """Of their plans, and of their pictures with the true plans; texture and noise are the same."""
             g = data.generator(world.seed, split, 'choice texture', index)
             codes = tok.encode(data.render(scenes, world.size, g).image)              # [B,N]
-            plan, _ = nats_of(umm, world, texts, told(scenes), codes)
+            plan, _ = nats_of(umm, world, texts, plans_of(world, scenes), codes)
             _, picture = nats_of(umm, world, texts, plans, codes)
             return plan, picture
 
@@ -84,7 +85,8 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
         for what in ('sides', 'colours'):
             other_plan, other_picture = nats(swapped(true, what))
             right[what] += int((picture < other_picture).sum())
-            right[f'plan {what}'] += int((plan < other_plan).sum())
+            if plans[0]:
+                right[f'plan {what}'] += int((plan < other_plan).sum())
         total += len(texts)
         index += 1
     return {what: evaluation.share(count, total) for what, count in right.items()}

@@ -111,11 +111,17 @@ LONG_ARMS = {
     'blind-x3': replace(CHANNEL_ARMS['seg-blind'], longer=3),
     'readout-x3': replace(CHANNEL_ARMS['seg-readout'], longer=3),
 }
-# Drawing when nothing else keeps it alive: no drawing is replayed
+# Drawing when nothing else keeps it alive: no drawing is replayed. `slow`: a tenth of the learning rate;
+# `bare`: no plan is written before a drawing, the caption alone says what is where.
+DRAW_MAPS = ('none', 'recon', 'edge', 'depth', 'instance', 'seg')
+SLOW = {'lr': 2e-4, 'muon_lr': .002}
 DRAW_ARMS = {}
-for _name in ('none', 'recon', 'edge', 'depth', 'instance', 'seg'):
+for _name in DRAW_MAPS:
     DRAW_ARMS[f'{_name}-alone'] = Arm(_name, flags={'post_draw': 0})
-    DRAW_ARMS[f'{_name}-alone-slow'] = Arm(_name, flags={'post_draw': 0, 'lr': 2e-4, 'muon_lr': .002})
+    DRAW_ARMS[f'{_name}-alone-slow'] = Arm(_name, flags={'post_draw': 0, **SLOW})
+BARE_ARMS = {'bare-none': Arm('none', trained=False, base='bare')}
+for _name in DRAW_MAPS:
+    BARE_ARMS[f'{_name}-alone-bare'] = Arm(_name, flags={'post_draw': 0}, base='bare')
 ARMS = {
     'none': Arm('none', trained=False),
     'sft': Arm('none'),                # questions alone
@@ -134,10 +140,16 @@ ARMS = {
     **KNOWN_ARMS,
     **LONG_ARMS,
     **DRAW_ARMS,
+    **BARE_ARMS,
     'sft-code': Arm('none', base='base-code'),
     'seg-code': Arm('seg', base='base-code'),
 }
-BASES = {'base': {}, 'known': {}, 'base-code': {'image_input': 'code'}}    # and their flags of train.py
+BASES = {                          # and their flags of train.py
+    'base': {},
+    'known': {},
+    'bare': {'pre_steps': 1000},   # without plans drawing is learned later
+    'base-code': {'image_input': 'code'},
+}
 PLANS = {
     'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',
              'shuffled'),
@@ -151,7 +163,7 @@ PLANS = {
     'content': ('none', 'sft', 'seg-order', 'seg-readout', *CONTENT_ARMS),
     'budget': ('none', *LONG_ARMS),
     'known': tuple(KNOWN_ARMS),
-    'drawing': ('none', *DRAW_ARMS),
+    'drawing': ('none', *DRAW_ARMS, *BARE_ARMS),
     'input': ('none', 'sft', 'seg', 'sft-code', 'seg-code'),
 }
 # Post-training shorter than the main job's: arms are compared while there is still something to learn.
@@ -189,6 +201,15 @@ class Limited:
     def questions(self, split, index, B, Q, stream='questions', **how):
         index = self.again(split, stream, index, B)
         return self.world.questions(split, index, B, Q, stream=stream, **how)
+
+
+class Bare(data.World):
+    """The procedural world without plans: a drawing follows its caption at once."""
+
+    def describe(self, scene, style, rng):
+        if style == 'place':
+            return None
+        return super().describe(scene, style, rng)
 
 
 # ---- probes: what a linear map can read from frozen features ----
@@ -460,20 +481,23 @@ def flags_of(a, seed: int, base: str) -> list[str]:
     return flags
 
 
-def begin(folder: Path, flags: list) -> train.Run:
+def begin(folder: Path, flags: list, base: str) -> train.Run:
     """A Run in `folder`, resumed if it was begun before."""
     begun = (folder / 'state.safetensors').exists()
     how = '--resume' if begun else '--overwrite'
     s = train.parse([*flags, '--out', str(folder), how])
     torch.set_num_threads(s.threads)
-    return train.Run(s, data.find_device(s.device))
+    run = train.Run(s, data.find_device(s.device))
+    if base == 'bare':
+        run.world = Bare(s.size, s.seed, run.device, run.world.text)
+    return run
 
 
 def run_base(a, seed: int, base: str, folder: Path) -> train.Run:
     """The first two stages; `known`: and questions without maps, five times as many steps as an arm."""
     flags = flags_of(a, seed, base)
     steps = train.parse(flags).post_steps
-    run = begin(folder, flags + as_flags({'proxy': 'none', 'post_steps': 5 * steps}))
+    run = begin(folder, flags + as_flags({'proxy': 'none', 'post_steps': 5 * steps}), base)
     train.train_tokenizer(run)
     train.pretrain(run)
     if base == 'known':
@@ -488,7 +512,7 @@ def run_arm(a, seed: int, arm: Arm, folder: Path) -> train.Run:
     steps = train.parse(flags).post_steps
     pretrained = folder.parent / arm.base / 'pretrained.safetensors'
     values = {'proxy': arm.proxy, **arm.flags, 'init': pretrained, 'post_steps': round(arm.longer * steps)}
-    run = begin(folder, flags + as_flags(values))
+    run = begin(folder, flags + as_flags(values), arm.base)
     run.control = arm.control
     world = run.world
     run.world = Limited(world, arm.pictures, arm.questions)

@@ -193,7 +193,7 @@ def test_forced_choice_against_naive_code(run):
         pictures.append(tok.encode(r.image))
     right = 0
     for b, (text, _) in enumerate(found):
-        plan = drawing.told(true)[b]
+        plan = drawing.plans_of(world, true)[b]
         likely = []
         for codes in pictures:
             seq = data.pack(world.text, [[(text, plan)]])
