@@ -33,7 +33,8 @@ LONG = {'sft-flops': 'sft-x3', 'readout-flops': 'readout-x3', 'seg-order': 'orde
 COST = {'sft-flops': GFLOPS['sft'], 'sft-x3': GFLOPS['sft'], 'told-flops': GFLOPS['seg-told'],
         'readout-flops': GFLOPS['seg-readout'], 'readout-x3': GFLOPS['seg-readout']}
 # Accuracy of one who knows all of a scene but its shapes; printed by --bound
-SHAPE_BLIND = {}
+SHAPE_BLIND = {'count': .88, 'colour': .76, 'shape': .19, 'exist': .68, 'relation': .79, 'depth': .81,
+               'distance': .81, 'where': .87, 'size': .94, 'what': .23}
 
 
 # ---- the shape-blind bound ----
@@ -99,10 +100,9 @@ def draw_costs(ax, found):
             error = y.std(0, ddof=1) / len(curves) ** .5
             half = report.t_quantile(.975, len(curves) - 1) * error
             ax.fill_between(x, mean - half, mean + half, color=ink, alpha=.1, lw=0)
-    if SHAPE_BLIND:
-        bound = np.mean(list(SHAPE_BLIND.values()))
-        ax.axhline(bound, color='black', lw=.8, ls=':')
-        ax.annotate('all but shapes', (0, bound), va='bottom', fontsize=7)
+    bound = np.mean(list(SHAPE_BLIND.values()))
+    ax.axhline(bound, color='black', lw=.8, ls=':')
+    ax.annotate('one who knows all but shapes', (0, bound), va='bottom', fontsize=7)
     ax.set(xlabel='TFLOPs of post-training', ylabel='validation accuracy')
     ax.legend(fontsize=7)
 
