@@ -282,6 +282,33 @@ def test_arms_differ_in_nothing_but_the_target(arms):
     assert seen['edge']['targets'] != seen['seg']['targets']
 
 
+NEW_ARMS = ('seg-masked', 'told-flops', 'all-three', 'blank-order', 'order-x3', 'known-order', 'seg-alone-bare')
+
+
+def test_every_kind_of_arm_runs(arms, tmp_path, monkeypatch):
+    """Of the plans channel, content, budget, known and drawing; each on its own base."""
+    out, _ = arms
+    (tmp_path / 'seed0').mkdir()
+    (tmp_path / 'seed0' / 'base').symlink_to(out / 'seed0' / 'base')
+    monkeypatch.setattr(reproduce, 'measure', lambda run, n: {})
+    for name in ('known', 'bare', *NEW_ARMS):
+        reproduce.work(plan(tmp_path), 0, name)
+    steps, losses = {}, {}
+    for name in NEW_ARMS:
+        folder = tmp_path / 'seed0' / name
+        steps[name] = json.loads((folder / 'result.json').read_text())['steps']
+        lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+        losses[name] = [line['seg'] for line in lines if 'seg' in line]
+    assert steps['order-x3'] == 18
+    assert steps['told-flops'] == 7                            # words cost less than codes
+    assert steps['seg-masked'] == 6
+    for name, values in losses.items():
+        assert values and np.isfinite(values).all(), name
+    log = (tmp_path / 'seed0' / 'known' / 'log.jsonl').read_text()
+    assert '"stage": "posttrain", "step": 30' in log           # five times an arm's steps
+    assert '"plan"' not in (tmp_path / 'seed0' / 'seg-alone-bare' / 'log.jsonl').read_text()
+
+
 def test_a_result_says_what_it_was_made_with(arms):
     out, _ = arms
     result = json.loads((out / 'seed0' / 'seg' / 'result.json').read_text())
