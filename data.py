@@ -283,7 +283,7 @@ class Sequence:
     text: torch.Tensor                       # [B*R,T] token ids; R rows of text share a picture
     turn: torch.Tensor                       # [B*R,T] 1, 2, ..., or -1 for padding
     target: torch.Tensor | None = None       # [B*R,T] the token to predict here, -1 = none
-    image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]; codes [B,N] for image_input code
+    image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]
     codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
 
 

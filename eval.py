@@ -94,7 +94,6 @@ def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> 
     right, total = Counter(), Counter()
     for i in range(math.ceil(n / B)):
         s, kinds = world.questions(split, i, B, Q, captions=(), stream='understanding')
-        s.image = umm.inputs(tok, s.image)
         logits = umm.text_head(umm.hidden(s))                                         # [B*R,T,V]
         good = logits.argmax(-1) == s.target                                          # [B*R,T]
         good = good | (s.target < 0)                           # nothing is asked of these tokens
@@ -534,7 +533,6 @@ def miou(pred, true, k=len(data.CLASSES)) -> dict:
 def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
     s, target, r = world.maps_to_draw(split, 0, n, 'seg', stream='segmentation')
-    s.image = umm.inputs(tok, s.image)
     codes = umm.generate(s, temperature=0)                     # the likeliest code at each place
     drawn = tok.decode(codes)                                                         # [n,3,S,S]
     best = tok.decode(tok.encode(target))                                             # [n,3,S,S]

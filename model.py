@@ -47,8 +47,6 @@ class Config:
     n_layer: int = setting(4, 'transformer blocks', 1, 512)
     n_head: int = setting(3, 'H, attention heads', 1, 2**18)
     n_embd: int = setting(96, 'C, channels of the transformer', 4, 2**18)
-    image_input: str = setting('patch', 'input pictures as pixel patches (patch) or as VQ codes (code)',
-                               one_of=('patch', 'code'))
     vocab: int = 512             # V, text tokens, the special ones included: follows from the data
 
     @property
@@ -368,19 +366,10 @@ class UMM(nn.Module):
         rotations = torch.view_as_complex(self.rotations[at])                         # [B,T,2,D/4]
         return rotations.flatten(2)[:, :, None, None]                                 # [B,T,1,1,D/2]
 
-    def inputs(self, tok, image):
-        """Pictures [B, 3, S, S] as this model reads them: pixels, or the tokenizer's codes [B, N]."""
-        if self.c.image_input == 'code':
-            return tok.encode(image)
-        return image
-
     def embed_image(self, image):
-        """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
-        if self.c.image_input == 'code':
-            x = self.code_embed(image)                                                # [B,N,C]
-        else:
-            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                  # [B,3*P*P,G,G]
-            x = self.patch_embed(patches.flatten(2).mT)                               # [B,N,C]
+        """Input pictures [B, 3, S, S] in [0, 1] -> [B, N, C]."""
+        patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                      # [B,3*P*P,G,G]
+        x = self.patch_embed(patches.flatten(2).mT)                                   # [B,N,C]
         return x + self.position() + self.source
 
     def embed_text(self, text, turn):

@@ -123,7 +123,6 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     drawings of the texts below them; input pictures; the maps that the model generated; the true maps,
     and a question about each picture with the model's answer. Wrong answers have the true one behind."""
     scenes, r, rng = world.scenes('val', 'samples', 0, n)
-    image = umm.inputs(tok, r.image)                           # as the model reads them
     rows, notes = [], []                                       # what stands under each row
     if world.captions:
         texts = captions_of(world, scenes, rng)
@@ -136,12 +135,11 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     notes.append([])
     if 'seg' in world.maps:
         s, target, _ = world.maps_to_draw('val', 0, n, 'seg', stream='samples')
-        s.image = image                                        # of the same stream: the same scenes
         rows.append(tok.decode(umm.generate(s, temperature=0)))
         rows.append(target)
         notes += [[], []]
     if world.kinds:                                            # under the last row
-        notes[-1] = answers_to(umm, world, scenes, image, rng)
+        notes[-1] = answers_to(umm, world, scenes, r.image, rng)
     return grid(rows, notes)
 
 
@@ -257,7 +255,7 @@ def main(argv=None):
         pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
         x = read_image(a.image, umm.c.size).to(device)[None] / 255                    # [1,3,S,S]
-        image = umm.inputs(tok, x.repeat(a.n, 1, 1, 1))
+        image = x.repeat(a.n, 1, 1, 1)                                                # [n,3,S,S]
         s = data.pack(text, [[(words, None)] for words in prompts], image, device)
         if a.task in ('ask', 'caption'):
             for answer in write(umm, text, s, 64, **how):

@@ -725,8 +725,6 @@ def train_tokenizer(run: Run):
 def losses_of(run: Run, seq, target=None, hide=0.):
     """(text loss, pixel loss) of a batch; target: the pictures to generate, [B, 3, S, S]; hide: share of
     them that does not see its earlier codes."""
-    if seq.image is not None:
-        seq.image = run.umm.inputs(run.tok, seq.image)
     if target is not None:
         seq.codes = run.tok.encode(target)
     half = run.s.dtype == 'bfloat16'

@@ -551,7 +551,6 @@ def samples(out: Path, found, world, n=6):
             if MAPS[name].spoil is not None:
                 rows.append(s.image)
                 names.append([f'{arm}: what it reads'])
-            s.image = umm.inputs(tok, s.image)
             codes = umm.generate(s, temperature=0)
             rows.append(tok.decode(codes))
             names.append([f'{arm}: its map'])

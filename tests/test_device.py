@@ -210,7 +210,7 @@ def losses(device, text, proxy, **config):
 
 @pytest.mark.parametrize('proxy', data.MAPS)
 def test_losses_and_gradients_of_all_maps(device, world, proxy):
-    other = {'image_input': 'code', 'quantizer': 'fsq'} if proxy == 'recon' else {}
+    other = {'quantizer': 'fsq'} if proxy == 'recon' else {}
     here = losses(torch.device('cpu'), world.text, proxy, **other)
     assert losses(device, world.text, proxy, **other) == pytest.approx(here, rel=1e-3)
 

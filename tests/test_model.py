@@ -15,11 +15,11 @@ SMALL = Config(size=16, codebook=32, vocab=60, n_layer=2, n_head=2, n_embd=32)
 N = 16                         # codes of a picture of 16 x 16 pixels
 
 
-@pytest.fixture(scope='module', params=['patch', 'code'])
-def umm(request):
+@pytest.fixture(scope='module')
+def umm():
     """Random weights everywhere: layers that begin at zero would hide mistakes."""
     torch.manual_seed(0)
-    m = UMM(replace(SMALL, image_input=request.param))
+    m = UMM(SMALL)
     for p in m.parameters():
         torch.nn.init.normal_(p, std=.3)
     return m.eval()
@@ -32,8 +32,6 @@ def sequence(m, B=3, T=7, picture=True, codes=True, pad=True) -> Sequence:
     if pad:
         turn[1, 4:] = -1
     image = torch.rand(B, 3, 16, 16, generator=g)
-    if m.c.image_input == 'code':
-        image = torch.randint(32, (B, N), generator=g)
     s = Sequence(torch.randint(60, (B, T), generator=g), turn)
     if picture:
         s.image = image
@@ -257,10 +255,7 @@ def test_the_picture_is_read_in_both_directions(umm):
     """The first patch's keys in layer 2 depend on the last patch."""
     s = sequence(umm, codes=False)
     image = s.image.clone()
-    if umm.c.image_input == 'code':
-        image = changed(image, -1, 32)
-    else:
-        image[..., -1, -1] += .5                           # the last pixel
+    image[..., -1, -1] += .5                               # the last pixel
     first = []
     for x in (s.image, image):
         kvs = [model.KV() for _ in umm.blocks]
@@ -438,8 +433,7 @@ def test_gradients_against_finite_differences(umm, monkeypatch):
         p.data *= .5                                       # keeps the third derivative small
     monkeypatch.setattr(torch.Tensor, 'float', lambda x: x)              # losses stay double
     s = sequence(m, B=2)
-    if m.c.image_input == 'patch':
-        s.image = s.image.double()
+    s.image = s.image.double()
     s.target = torch.full_like(s.text, -1)
     s.target[0, 1] = 7
     s.target[1, 3] = 9
@@ -459,10 +453,6 @@ def test_gradients_against_finite_differences(umm, monkeypatch):
     loss().backward()
     g, eps, checked = seeded(0), 1e-6, 0
     for name, p in m.named_parameters():
-        if p.grad is None:                                 # pictures are read in the other way
-            assert umm.c.image_input == 'code'
-            assert name.startswith('patch_embed')
-            continue
         direction = torch.randn(p.shape, generator=g, dtype=torch.double)
         want = (p.grad * direction).sum().item()
         above = loss_after(p, eps * direction)

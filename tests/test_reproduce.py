@@ -351,7 +351,7 @@ def test_bases_come_first_and_what_fails_stops_nothing_else(tmp_path, monkeypatc
     done = []
 
     def work(a, seed, name):
-        if (seed, name) in ((0, 'base-code'), (1, 'sft')):
+        if (seed, name) in ((0, 'other'), (1, 'sft')):
             raise RuntimeError('no')
         folder = a.out / f'seed{seed}' / name
         folder.mkdir(parents=True)
@@ -360,14 +360,15 @@ def test_bases_come_first_and_what_fails_stops_nothing_else(tmp_path, monkeypatc
 
     monkeypatch.setattr(reproduce, 'work', work)
     monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', OneByOne)
+    monkeypatch.setitem(reproduce.ARMS, 'sft-other', reproduce.Arm('none', base='other'))
     a = plan(tmp_path, seeds=2)
-    failed = reproduce.execute(a, ['sft', 'sft-code'])
-    assert failed == ['seed 0 base-code: no', 'seed 1 sft: no']
-    assert done[:3] == [(0, 'base'), (1, 'base'), (1, 'base-code')]
-    assert sorted(done[3:]) == [(0, 'sft'), (1, 'sft-code')]
+    failed = reproduce.execute(a, ['sft', 'sft-other'])
+    assert failed == ['seed 0 other: no', 'seed 1 sft: no']
+    assert done[:3] == [(0, 'base'), (1, 'base'), (1, 'other')]
+    assert sorted(done[3:]) == [(0, 'sft'), (1, 'sft-other')]
     # the same command again does the rest alone
-    failed = reproduce.execute(a, ['sft', 'sft-code'])
-    assert failed == ['seed 0 base-code: no', 'seed 1 sft: no']
+    failed = reproduce.execute(a, ['sft', 'sft-other'])
+    assert failed == ['seed 0 other: no', 'seed 1 sft: no']
     assert len(done) == 5
     assert '3 runs to do' in capsys.readouterr().out  # a base, its arm, and the other arm
 

@@ -40,7 +40,6 @@ def test_every_setting_is_a_flag_with_its_default(capsys):
 @pytest.mark.parametrize('flags, message', [
     (['--proxy', 'sge'], "--proxy is 'sge': choose one of seg, instance, "),
     (['--quantizer', 'lfq'], "--quantizer is 'lfq': choose one of vq, fsq"),
-    (['--image_input', 'x'], "--image_input is 'x': choose one of patch, code"),
     (['--until', 'x'], "--until is 'x': choose one of tokenizer, pretrain, posttrain"),
     (['--preset', 'tpu'], "--preset is 'tpu': choose one of cpu, gpu, test"),
     (['--tok_steps', '0'], '--tok_steps is 0: it must be from 1 to'),

@@ -139,14 +139,12 @@ def test_another_seed_gives_other_weights(run_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flag, value', [
-    ('--image_input', 'code'),
     ('--quantizer', 'fsq'),
     ('--proxy', 'edge'),
     ('--proxy', 'none'),
 ])
 def test_switches_train(tmp_path, flag, value, monkeypatch):
-    if value != 'code':              # the evaluation reads pictures in one of two ways, whatever else
-        leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
+    leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
     train.main([*TEST, '--out', str(tmp_path / 'run'), flag, value])
 
 
