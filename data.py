@@ -162,30 +162,6 @@ def picture(r: Rendering):
     return r.image
 
 
-# How the input of a restoration is spoilt: x [B,3,S,S], u random numbers of that size -> [B,3,S,S]
-def noisy(x, u):
-    """Uniform noise of +-.35, clipped."""
-    return (x + .7 * (u - .5)).clamp(0, 1)
-
-
-def blurred(x, u):
-    """The mean of 7 x 7 pixels around each."""
-    padded = F.pad(x, (3, 3, 3, 3), mode='replicate')                                 # [B,3,S+6,S+6]
-    return F.avg_pool2d(padded, 7, 1)                                                 # [B,3,S,S]
-
-
-def coarse(x, u):
-    """A quarter of the resolution."""
-    return F.interpolate(F.avg_pool2d(x, 4), x.shape[2:])                             # [B,3,S,S]
-
-
-def with_holes(x, u):
-    """40% of the squares of 8 x 8 pixels made grey."""
-    chance = u[:, :1, ::8, ::8]                            # one number for 8 x 8 pixels
-    squares = F.interpolate(chance, x.shape[2:])                                      # [B,1,S,S]
-    return torch.where(squares < .4, .5, x)
-
-
 @dataclass(frozen=True)
 class Map:
     """All that the project knows of one kind of map."""
@@ -193,10 +169,8 @@ class Map:
     words: tuple                     # instructions in words, one is drawn at random
     needs: str                       # field of Rendering that must be annotated; 'image': nothing
     colour: str                      # in figures
-    spoil: Callable | None = None    # (pictures, random numbers) -> the input; None: the picture itself
 
 
-AGAIN = ('copy the picture.', 'draw every object again.', 'show the same picture.')
 MAPS = {
     'seg': Map(seg, ('segment the picture.', 'color every object by its class.',
                      'show the segmentation map.'), 'classes', '#d62728'),
@@ -206,11 +180,8 @@ MAPS = {
                 'image', '#1f77b4'),
     'depth': Map(depth, ('estimate the depth.', 'color every object by its distance.',
                          'show the depth map.'), 'depth', '#9467bd'),
-    'recon': Map(picture, AGAIN, 'image', '#2ca02c'),
-    'denoise': Map(picture, AGAIN, 'image', '#8c564b', noisy),
-    'deblur': Map(picture, AGAIN, 'image', '#e377c2', blurred),
-    'superres': Map(picture, AGAIN, 'image', '#17becf', coarse),
-    'inpaint': Map(picture, AGAIN, 'image', '#bcbd22', with_holes),
+    'recon': Map(picture, ('copy the picture.', 'draw every object again.', 'show the same picture.'),
+                 'image', '#2ca02c'),
 }
 
 # ---- text tokens ----
@@ -384,11 +355,6 @@ class DataSet:
         known = ('image', *self.annotated)
         return [name for name, m in MAPS.items() if m.needs in known]
 
-    @property
-    def targets(self) -> list[str]:
-        """Names of the maps that are pictures of their own kind: the tokenizer has to know them."""
-        return [name for name in self.maps if MAPS[name].spoil is None]
-
     def turns(self, scene, Q: int, rng, kinds) -> list:
         """[(type, (question, answer))]: Q of them, of types drawn from `kinds`; fewer where hardly any
         question fits the scene."""
@@ -435,16 +401,8 @@ class DataSet:
         """-> (Sequence of B pictures with an instruction, their maps [B, 3, S, S], Rendering)."""
         _, r, rng = self.scenes(split, stream, index, B)
         m = MAPS[name]
-        image = r.image
-        if m.spoil is not None:
-            g = generator(self.seed, split, stream + ' spoilt', index)
-            u = torch.rand(image.shape, generator=g)
-            image = m.spoil(image, u.to(self.device))
-        rows = []
-        for _ in image:
-            instruction = rng.choice(m.words)
-            rows.append([(instruction, None)])
-        return pack(self.text, rows, image, self.device), m.draw(r), r
+        rows = [[(rng.choice(m.words), None)] for _ in r.image]
+        return pack(self.text, rows, r.image, self.device), m.draw(r), r
 
 
 # ---- the procedural world: scenes ----

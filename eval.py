@@ -549,7 +549,7 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
     _, r, _ = world.scenes(split, 'tokenizer', 0, n)
     n, K = len(r.image), tok.c.codebook
     scores, count = {}, torch.zeros(K)
-    for name in world.targets:
+    for name in world.maps:
         x = MAPS[name].draw(r)
         codes = tok.encode(x)
         y = tok.decode(codes)

@@ -688,8 +688,7 @@ def train_tokenizer(run: Run):
     one by its size; no adversary and no other network judges the pictures."""
     s, tok, world = run.s, run.tok, run.world
     B = my_share(s.tok_batch)
-    # what a restoration generates is the picture: nothing new
-    kinds = [name for name in world.targets if name != 'recon']
+    kinds = [name for name in world.maps if name != 'recon']
     masks = 'seg' if 'seg' in kinds else kinds[0]
 
     def loss_of(step):
@@ -713,7 +712,7 @@ def train_tokenizer(run: Run):
     def look():
         _, r, _ = world.scenes('val', 'samples', 0, 8)
         rows = []                                              # each kind, and what it becomes
-        for name in world.targets:
+        for name in world.maps:
             x = MAPS[name].draw(r)
             rows += [x, tok.decode(tok.encode(x))]
         return evaluation.tokenizer(tok, world, 128, 'val'), sample.grid(rows)

@@ -37,6 +37,7 @@ import train
 from data import COLOURS, SHAPES, UserError
 from experiments import channels, drawing, report
 from experiments.channels import LONGER
+from experiments.restoration import RESTORATIONS
 from folder import open_world
 
 RECIPE = 6      # counts changes of model or training after which old arms must not be mixed in
@@ -65,7 +66,7 @@ def maps_first(s: train.Settings, step: int):
     return 2, 0, share >= (1 + s.late_from) / 2
 
 
-MAP_ARMS = ('edge', 'recon', 'denoise', 'deblur', 'superres', 'inpaint', 'depth', 'instance', 'seg')
+MAP_ARMS = ('edge', 'recon', 'depth', 'instance', 'seg')
 RATIO_ARMS = {f'ratio-{r:g}': Arm(flags={'ratio': r}) for r in (.5, 1., 1.5, 2.5, 3.)}
 SCALE_ARMS = {f'scale-{n}': Arm(pictures=n) for n in (100, 400, 1600)}
 QUESTION_ARMS = {
@@ -126,6 +127,7 @@ ARMS = {
     'none': Arm('none', trained=False),
     'sft': Arm('none'),                # questions alone
     **{name: Arm(name) for name in MAP_ARMS},
+    **{name: Arm('recon', control=control) for name, (control, _) in RESTORATIONS.items()},
     'sft-long': Arm('none', longer=2),
     'seg-long': Arm('seg', longer=2),
     'shuffled': Arm(control=train.Control(map_loss=channels.shuffled)),

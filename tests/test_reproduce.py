@@ -17,6 +17,7 @@ import model
 import train
 from data import UserError, World
 from experiments import cosine, losses, report, reproduce
+from experiments.restoration import RESTORATIONS
 
 
 @pytest.fixture(scope='module')
@@ -289,6 +290,22 @@ def test_a_result_says_what_it_was_made_with(arms):
     assert result['threads'] == 1
     assert result['commit'] == reproduce.commit()
     assert len(result['commit']) in (0, 40)  # none in a copy without its history
+
+
+@pytest.mark.parametrize('name', RESTORATIONS)
+def test_of_a_restoration_the_input_is_spoilt_the_target_is_not(world, monkeypatch, name):
+    s, target, r = world.maps_to_draw('train', 0, 8, 'recon')
+    run = types.SimpleNamespace(s=train.Settings(), device=torch.device('cpu'))
+    monkeypatch.setattr(train, 'generated', lambda run, index, seq, target, r: (seq.image, target))
+    map_loss = reproduce.ARMS[name].control.map_loss
+    seen, taught = map_loss(run, 0, s, target, r)
+    assert torch.equal(taught, r.image)
+    assert not torch.allclose(seen, r.image, atol=.1)
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    s, target, r = world.maps_to_draw('train', 0, 8, 'recon')
+    again, _ = map_loss(run, 0, s, target, r)
+    assert torch.equal(seen, again)
 
 
 def test_maps_first_shows_as_much_of_both():
