@@ -43,8 +43,7 @@ import eval as evaluation
 import sample
 from data import MAPS, UserError
 from folder import open_world
-from model import (UMM, Config, VQTokenizer, check_fields, check_together, load, save, setting,
-                   state_of)
+from model import UMM, Config, VQTokenizer, both, check_config, load, save, setting
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 DONE = 'done'                  # the stage of a run that has finished all of them
@@ -137,12 +136,10 @@ PRESETS = {
 
 def parse(argv=None) -> Settings:
     """Of a command line -> checked settings: defaults, changed by the preset, changed by flags. Every
-    field of Settings with metadata is a flag: to add a setting, add a field."""
+    field of Settings is a flag: to add a setting, add a field."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        if not f.metadata:                                     # vocab follows from the data
-            continue
         names = [f'--{f.name}']
         if '_' in f.name:
             names.append('--' + f.name.replace('_', '-'))      # both spellings
@@ -167,8 +164,7 @@ def parse(argv=None) -> Settings:
 def check(s: Settings):
     """UserError for impossible settings, before anything is written."""
     try:
-        check_fields(s)
-        check_together(s)
+        check_config(s)
     except ValueError as e:
         raise UserError(f'--{e}')
     if s.init and s.until != 'posttrain':
@@ -377,11 +373,10 @@ class Run:
         if not s.resume and not s.init:
             for name in WRITTEN:                               # nothing of an older run stays beside it
                 (self.dir / name).unlink(missing_ok=True)
-            s.vocab = self.world.text.size
             c = Config(**{f.name: getattr(s, f.name) for f in fields(Config)})
             torch.manual_seed(s.seed)
             self.tok = VQTokenizer(c).to(device)
-            self.umm = UMM(c).to(device)
+            self.umm = UMM(c, self.world.text.size).to(device)
         self.tok.to(memory_format=torch.channels_last)         # faster convolutions
 
     def resume(self, state: Path):
@@ -399,7 +394,7 @@ class Run:
         if s.threads == 0:
             s.threads = old['threads']
         # these may differ from one start to the next
-        free = ('resume', 'overwrite', 'out', 'device', 'threads', 'until', 'vocab')
+        free = ('resume', 'overwrite', 'out', 'device', 'threads', 'until')
         for name, value in vars(s).items():
             if name not in free and old.get(name) != value:
                 raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
@@ -413,7 +408,7 @@ class Run:
         for f in fields(Config):
             theirs = getattr(self.umm.c, f.name)
             ours = getattr(self.s, f.name)
-            if f.name != 'vocab' and theirs != ours:
+            if theirs != ours:
                 raise UserError(f'--{f.name} is {ours!r}, but {path} was made with {theirs!r}')
         return text
 
@@ -449,7 +444,7 @@ class Run:
         """Weights, and with `opts` the optimizers' state: enough to sample, to evaluate or to resume."""
         if RANK > 0:
             return
-        tensors = state_of(self.tok, self.umm)
+        tensors = both(self.tok, self.umm).state_dict()
         # of each optimizer i and its parameter j: momentum, averages, count of steps
         for i, optimizer in enumerate(opts):
             for j, state in optimizer.state_dict()['state'].items():
@@ -481,7 +476,7 @@ class Run:
     def guess(self, loss: str) -> float:
         """The loss of a uniform guess in nats, of text or of codes."""
         if loss in ('text', 'plan'):
-            return math.log(self.umm.c.vocab)
+            return math.log(self.world.text.size)
         return math.log(self.umm.c.codebook)
 
 

@@ -226,7 +226,7 @@ def features(umm, tok, world, split: str, n: int):
     umm.hidden(data.pack(world.text, prompts, r.image, world.device))
     for hook in hooks:
         hook.remove()
-    layers = [umm.embed_image(r.image), *states[::2]]        # a block sees the picture first, then text
+    layers = [umm.embed_image(r.image), *states[:umm.c.n_layer]]      # the picture goes first, then text
     states = torch.stack([x.flatten(0, 1) for x in layers])                           # [.,n*N,C]
     labels = labels_of(scenes, objects_under(r, umm.c.patch))
     g = data.generator(world.seed, split, 'probe labels', 0)
@@ -408,7 +408,7 @@ def shares_while_answering(umm, tok, world, scenes, r, rng) -> dict:
     inside = (r.instance == numbers[:, None, None]).float()                           # [n,S,S]
     mine = F.max_pool2d(inside[:, None], umm.c.patch).flatten(1)                      # [n,N]
     shares = {'picture': [], 'asked object': [], 'text': []}
-    for weights in kept[1::2]:                             # in each layer the picture's come first
+    for weights in kept[umm.c.n_layer:]:                   # after those of the picture itself
         w = weights[every, :, at].mean(1)                                             # [n,N+T]
         shares['picture'].append(w[:, :N].sum(1).mean().item())
         shares['asked object'].append((w[:, :N] * mine).sum(1).mean().item())

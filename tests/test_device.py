@@ -197,7 +197,7 @@ def losses(device, text, proxy, **config):
     s = train.Settings(proxy=proxy, dtype='float32', questions=4)
     world = data.World(16, 0, device, text)
     c = model.Config(size=16, codebook=64, n_layer=2, n_head=2, n_embd=32, **config)
-    tok, umm = model.VQTokenizer(c).eval(), model.UMM(c)
+    tok, umm = model.VQTokenizer(c).eval(), model.UMM(c, text.size)
     for p in umm.parameters():
         torch.nn.init.normal_(p, std=.1)    # untrained, the blocks would do nothing
     networks = dict(tok=tok.to(device), umm=umm.to(device))

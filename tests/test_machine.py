@@ -72,7 +72,7 @@ def test_what_is_asked_for_is_not_measured(tmp_path, monkeypatch, flags, candida
 
 def tensors_of(run):
     """Copies of all weights and buffers of both networks."""
-    tensors = train.state_of(run.tok, run.umm)
+    tensors = train.both(run.tok, run.umm).state_dict()
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

@@ -36,7 +36,7 @@ def test_muon_orthogonalizes(shape):
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
-    umm = model.UMM(model.Config(size=16, n_layer=2, n_head=2, n_embd=32))
+    umm = model.UMM(model.Config(size=16, n_layer=2, n_head=2, n_embd=32), 60)
     muon, adamw = train.optimizers(umm, .1, .2)
     names = {id(p): name for name, p in umm.named_parameters()}
     mine = {names[id(p)] for p in muon.param_groups[0]['params']}
@@ -184,7 +184,7 @@ def note(event, args):
 
 def losses(run, step, *amounts, **more):
     if step == 2:                          # the third of pretraining
-        networks = model.state_of(run.tok, run.umm)
+        networks = model.both(run.tok, run.umm).state_dict()
         model.save(f'{{train.RANK}}.safetensors', networks, {{}})
         if train.RANK == 1:
             signal.raise_signal(signal.SIGTERM)        # one of the two is told to stop
@@ -254,9 +254,8 @@ class Spy(data.World):
 def tiny_run(world, *flags):
     """As train.Run, without a folder; its heads and blocks are not zero, as they would be at first."""
     s = train.parse([*TEST, *flags])
-    s.vocab = world.text.size
     torch.manual_seed(0)
-    tok, umm = model.VQTokenizer(s).eval(), model.UMM(s)
+    tok, umm = model.VQTokenizer(s).eval(), model.UMM(s, world.text.size)
     for layer in (umm.pixel_head, umm.text_head, *[block.proj for block in umm.blocks]):
         torch.nn.init.normal_(layer.weight)
     spy = Spy(16, text=world.text)
