@@ -64,7 +64,8 @@ RANKS = int(os.environ['WORLD_SIZE']) if SEVERAL else 1
 class Settings(Config):
     """The command line: each field, those of Config too, is a flag. Defaults are the cpu preset's."""
     # -- the run
-    preset: str = setting('cpu', 'cpu: small, for a GPU too; gpu: larger, not measured yet; test: tiny')
+    preset: str = setting('cpu', 'cpu: small, for a GPU too; gpu: larger, not measured yet; test: tiny',
+                          one_of=('cpu', 'gpu', 'test'))
     out: str = setting('', 'run folder; when not given: out/<preset>')
     resume: bool = setting(False, 'go on with the run in the folder')
     overwrite: bool = setting(False, 'throw away the run in the folder')
@@ -153,9 +154,7 @@ def parse(argv=None) -> Settings:
     typed = vars(p.parse_args(argv))
     given = {name: value for name, value in typed.items() if value is not None}
     preset = given.get('preset', 'cpu')
-    if preset not in PRESETS:
-        raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    values = {'out': f'out/{preset}', **PRESETS[preset], **given}
+    values = {'out': f'out/{preset}', **PRESETS.get(preset, {}), **given}
     s = Settings(**values)
     check(s)
     return s
@@ -293,13 +292,11 @@ def average_gradients(model, stop: bool) -> bool:
         parts.append(p.grad.flatten())
     flat = torch.cat([*parts, told])                           # all in one: one message a step
     together(dist.all_reduce, flat)
-    flat = flat / RANKS
-    start = 0
-    for p in params:
-        mean = flat[start:start + p.numel()]
+    sizes = [p.numel() for p in params]
+    *means, told = (flat / RANKS).split([*sizes, 1])
+    for p, mean in zip(params, means):
         p.grad.copy_(mean.view_as(p))
-        start += p.numel()
-    return bool(flat[-1] > 0)
+    return bool(told > 0)
 
 
 # ---- what an experiment may change about the maps, to find out what it is that they teach ----
@@ -386,8 +383,6 @@ class Run:
             raise UserError(f'nothing to resume: there is no {state}; leave out --resume to start')
         self.tok, self.umm, text, self.saved, meta = load(state, self.device)
         self.stage, self.step = meta['stage'], meta['step']
-        if self.stage not in (*STAGES, DONE):
-            raise UserError(f'{state} is of stage {self.stage!r:.30}, not of {STAGES}: train again')
         old = meta['settings']
         if s.dtype == 'auto':                  # what was chosen when the run began: the same bits
             s.dtype = old['dtype']
@@ -405,11 +400,10 @@ class Run:
         """Post-train another run's model -> text tokens. Its architecture must be the one asked for."""
         self.tok, self.umm, text, _, _ = load(path, self.device)
         self.stage = 'posttrain'                               # its first two stages are done
-        for f in fields(Config):
-            theirs = getattr(self.umm.c, f.name)
-            ours = getattr(self.s, f.name)
+        for name, theirs in vars(self.umm.c).items():
+            ours = getattr(self.s, name)
             if theirs != ours:
-                raise UserError(f'--{f.name} is {ours!r}, but {path} was made with {theirs!r}')
+                raise UserError(f'--{name} is {ours!r}, but {path} was made with {theirs!r}')
         return text
 
     def open_data(self, text):
@@ -473,12 +467,6 @@ class Run:
             mine = torch.empty_like(like, device=p.device)
             optimizer.state[p][key] = mine.copy_(tensor)
 
-    def guess(self, loss: str) -> float:
-        """The loss of a uniform guess in nats, of text or of codes."""
-        if loss in ('text', 'plan'):
-            return math.log(self.world.text.size)
-        return math.log(self.umm.c.codebook)
-
 
 # ---- how fast this machine is, and in what ----
 # Units for bfloat16 may or may not pay for small matrices, and a second thread costs time when another
@@ -530,41 +518,23 @@ def settle(run: Run):
     s.dtype, s.threads = best
     torch.set_num_threads(s.threads)
     print(f'device: {run.device}, {s.dtype}, CPU threads: {s.threads} ({why})')
-    if run.device.type == 'cuda':
-        most = torch.cuda.max_memory_allocated() / 1e9
-        print(f'memory of a step: {most:.1f} GB')
 
 
 class Pace:
-    """The seconds of a stage's steps, to notice when something else has begun to use the machine. The
-    later part of post-training asks more and takes longer, but not twice as long."""
+    """Notices when something else has begun to use the machine. The later part of post-training asks
+    more and takes longer, but not twice as long."""
 
     def __init__(self):
-        self.recent = []                                       # since the last look
-        self.best = math.inf                                   # mean of the fastest look so far
+        self.best = math.inf                                   # seconds of the fastest steps so far
         self.warned = False
 
-    def start(self):
-        """A step begins."""
-        self.begin = time.perf_counter()
-
-    def stop(self):
-        """It has ended."""
-        self.recent.append(time.perf_counter() - self.begin)
-
-    def look(self) -> float:
-        """Mean seconds of the steps since the last look."""
-        self.mean = sum(self.recent) / len(self.recent)
-        self.before, self.recent = self.best, []
-        self.best = min(self.best, self.mean)
-        return self.mean
-
-    def warning(self, threads: int) -> str:
-        """What to say, once, when the steps last looked at took twice as long as those before."""
-        if self.warned or self.mean < 2 * self.before:
+    def warning(self, seconds: float, threads: int) -> str:
+        """What to say, once, when steps take `seconds` on average, twice as long as before."""
+        times = seconds / self.best
+        self.best = min(self.best, seconds)
+        if self.warned or times < 2:
             return ''
         self.warned = True
-        times = self.mean / self.before
         text = f'steps take {times:.1f} times as long as before: is the machine busy?'
         if threads > 1:
             text += ' Until it is quiet, stop and --resume --threads 1 is faster (other last bits)'
@@ -585,7 +555,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
         return                                                 # done before the interruption
     opts = optimizers(model.train(), lr, s.muon_lr)
     first = run.step
-    pace, begin = Pace(), time.time()
+    pace, spent, begin = Pace(), [], time.time()
     if first > 0:                                              # resumed in the middle of this stage
         run.restore(opts)
     quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
@@ -593,8 +563,10 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
                dynamic_ncols=True, disable=quiet)
     for step in bar:
         done = step + 1
-        pace.start()
-        torch.manual_seed(random_key(s.seed, stage, step))
+        start = time.perf_counter()
+        # for the random draws beside the data's: which vectors replace dead codes
+        key = data.generator(s.seed, 'train', stage, step).initial_seed()
+        torch.manual_seed(key)
         # forward and backward
         losses = loss_of(step)
         losses['loss'].backward()
@@ -611,15 +583,18 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
             optimizer.param_groups[0]['lr'] = optimizer.defaults['lr'] * rate
             optimizer.step()
         model.zero_grad()
-        pace.stop()
+        spent.append(time.perf_counter() - start)
         # tell, show and save
         if done % s.log_every == 0 or done == steps:
             shown = {k: round(v.item(), 4) for k, v in losses.items()}
             bar.set_postfix(shown, refresh=False)
-            seconds = pace.look()
+            seconds = sum(spent) / len(spent)                  # a step since the last line
+            spent.clear()
             run.log(stage=stage, step=done, **shown, norm=norm.item(), lr=lr * rate,
                     seconds=time.time() - begin, pictures_per_second=pictures / seconds)
-            warn(run, stage, done, shown, pace, warm=done > s.warmup * steps)
+            busy = pace.warning(seconds, s.threads)
+            if busy:
+                tqdm.write(f'warning: {stage} {done}: {busy}')
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
             show(run, stage, done, model, look)
         if done < steps and (done % s.save_every == 0 or run.stop):
@@ -632,11 +607,6 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     run.save('state.safetensors', run.stage, run.step)
 
 
-def random_key(seed: int, stage: str, step: int) -> int:
-    """Of the step's random draws beside the data's: which vectors replace dead codes."""
-    return data.generator(seed, 'train', stage, step).initial_seed()
-
-
 def schedule(s: Settings, stage: str, step: int, steps: int) -> float:
     """Share of the learning rate: it rises, stays, and falls to zero. Falling slowly, it settles what is
     half learned; a stage that another one follows need not settle."""
@@ -644,17 +614,6 @@ def schedule(s: Settings, stage: str, step: int, steps: int) -> float:
     rise = (step + 1) / max(1, s.warmup * steps)               # above 1 after the warmup
     fall = (steps - step) / max(1, cooldown * steps)           # below 1 in the cooldown
     return min(1, rise, fall)
-
-
-def warn(run: Run, stage: str, done: int, losses: dict, pace: Pace, warm: bool):
-    """Say what looks wrong: losses above a guess once the learning rate has risen, slow steps."""
-    for name, value in losses.items():
-        guessed = name in ('text', 'plan', 'draw', run.s.proxy)        # losses in nats
-        if warm and guessed and value > run.guess(name):
-            tqdm.write(f'warning: {stage} {done}: {name} is worse than a uniform guess')
-    busy = pace.warning(run.s.threads)
-    if busy:
-        tqdm.write(f'warning: {stage} {done}: {busy}')
 
 
 def show(run: Run, stage: str, done: int, model, look):
@@ -814,11 +773,11 @@ def main(argv=None):
         join(device)
     run = Run(s, device)
     settle(run)
-    sizes = []
-    for network in (run.tok, run.umm):
-        sizes.append(sum(p.numel() for p in network.parameters()) / 1e6)
-    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
-          '{:.2f} a code'.format(*sizes, run.guess('text'), run.guess('draw')))
+    for name, network in both(run.tok, run.umm).items():
+        millions = sum(p.numel() for p in network.parameters()) / 1e6
+        print(f'{name}: {millions:.2f} M parameters')
+    print('a uniform guess: {:.2f} nats a text token, {:.2f} a code'.format(
+        math.log(run.world.text.size), math.log(s.codebook)))
 
     def stop(number, _):
         """Ctrl-C or SIGTERM: the loop saves after the step at hand and ends."""
@@ -857,8 +816,7 @@ def finish(run: Run, begin: float):
     scores = evaluation.evaluate(umm, run.tok, run.world, s.eval_n, s.cfg)
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
-    since = ' since --resume' if s.resume else ''
-    print(f"\n{scores['minutes']:.1f} minutes{since}")
+    print(f"\n{scores['minutes']:.1f} minutes since this start")
     checkpoint = run.dir / 'model.safetensors'
     if umm is None:
         print(f'python sample.py reconstruct PICTURE --checkpoint {checkpoint}')
