@@ -271,7 +271,7 @@ class KV:
 
 
 def joined(before, new):
-    """[B, H, past, D] and [B*R, H, T, D] -> [B*R, H, past + T, D]; R rows of text share their picture."""
+    """[B, H, past, D] and [B*R, H, T, D] -> [B*R, H, past + T, D]: R rows share what is before."""
     R = len(new) // len(before)
     if R > 1:
         before = before.repeat_interleave(R, 0)                                       # [B*R,H,past,D]
@@ -314,7 +314,8 @@ class Block(nn.Module):
 class UMM(nn.Module):
     """One decoder-only transformer that reads and writes both text and pictures (see the top of this
     file). Each modality has its own embedding and head; a head is computed only where its loss lives.
-    vocab: V, number of text tokens, which follows from the data. Source patch (r, c) and target code (r, c) share their 2-D position."""
+    Source patch (r, c) and target code (r, c) share their 2-D position. vocab: V, number of text tokens,
+    which follows from the data."""
 
     def __init__(self, c: Config, vocab: int):
         super().__init__()

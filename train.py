@@ -554,19 +554,17 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     if run.stage != stage:
         return                                                 # done before the interruption
     opts = optimizers(model.train(), lr, s.muon_lr)
-    first = run.step
-    pace, spent, begin = Pace(), [], time.time()
-    if first > 0:                                              # resumed in the middle of this stage
+    if run.step > 0:                                              # resumed in the middle of this stage
         run.restore(opts)
+    pace, spent, begin = Pace(), [], time.time()
     quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
-    bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05,
+    bar = tqdm(range(run.step, steps), stage, initial=run.step, total=steps, smoothing=.05,
                dynamic_ncols=True, disable=quiet)
     for step in bar:
         done = step + 1
         start = time.perf_counter()
-        # for the random draws beside the data's: which vectors replace dead codes
-        key = data.generator(s.seed, 'train', stage, step).initial_seed()
-        torch.manual_seed(key)
+        # for what is drawn beside the data: which vectors replace dead codes
+        torch.manual_seed(data.generator(s.seed, 'train', stage, step).initial_seed())
         # forward and backward
         losses = loss_of(step)
         losses['loss'].backward()
@@ -574,9 +572,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
             run.stop = average_gradients(model, run.stop)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():                                # no step is taken with it
-            values = {k: v.item() for k, v in losses.items()}
-            raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate; '
-                            f'{values}. Last good state: {s.out}')
+            raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate. '
+                            f'Last good state: {s.out}')
         # the optimizers' step
         rate = schedule(s, stage, step, steps)
         for optimizer in opts:

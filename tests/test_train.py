@@ -216,7 +216,7 @@ def test_two_processes_train_and_stop_together_and_one_goes_on(run_dir, tmp_path
     assert done.returncode != 0
     assert done.stderr.count('stopped; saved pretrain step 3') == 2, done.stderr
     # the first talks and writes, the other does not
-    assert done.stdout.count('parameters:') == 1
+    assert done.stdout.count('umm: ') == 1
     assert done.stdout.count('device:') == 1
     first = (tmp_path / '0.txt').read_text()
     for name in ('log.jsonl', 'tokenizer.png', 'state.safetensors'):
