@@ -71,9 +71,9 @@ def written_whole(path):
 
 def find_device(name='auto') -> torch.device:
     """The one place where it is chosen; auto: cuda where there is one, else cpu."""
-    there = [d for d in ('cuda', 'mps', 'cpu') if getattr(torch, d).is_available()]
+    there = [d for d in ('cuda', 'cpu', 'mps') if getattr(torch, d).is_available()]
     if name == 'auto':
-        name = 'cuda' if 'cuda' in there else 'cpu'
+        name = there[0]
     if name not in there:
         raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
     # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
@@ -192,8 +192,7 @@ class Text:
     """Text <-> token ids, byte-level BPE. No string encodes to the specials `answer` and `end`."""
 
     def __init__(self, vocab: list[bytes]):
-        twice = len(set(vocab)) < len(vocab)
-        if twice or vocab[:256] != BYTES:
+        if len(set(vocab)) < len(vocab) or vocab[:256] != BYTES:
             raise ValueError('a vocabulary starts with all bytes and names no token twice')
         self.vocab = list(vocab)
         self.answer = len(vocab)                               # opens an answer or a plan
@@ -274,16 +273,12 @@ def pack(text: Text, rows, image=None, device='cpu', room=96) -> Sequence:
     """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
     Only answer and end are supervised. Many turns are spread over R rows of some `room` tokens, which
     share the picture: attention, whose cost is quadratic, need not span what it may not see."""
-    turns, R, most = [], 1, 1
+    turns = []
     for row in rows:
-        mine = []
-        for number, (ask, answer) in enumerate(row, 1):
-            mine.append(tokens_of(text, number, ask, answer))
-        turns.append(mine)
-        most = max(most, len(mine))
-        length = sum(len(turn) for turn in mine)
-        R = max(R, 1 + length // room)
-    R = min(R, most)                                           # a turn is never cut
+        turns.append([tokens_of(text, number, *turn) for number, turn in enumerate(row, 1)])
+    longest = max(sum(len(turn) for turn in mine) for mine in turns)
+    most = max(1, max(len(mine) for mine in turns))
+    R = min(1 + longest // room, most)                         # a turn is never cut
     lines = []
     for mine in turns:
         parts = [[] for _ in range(R)]
@@ -293,8 +288,7 @@ def pack(text: Text, rows, image=None, device='cpu', room=96) -> Sequence:
     T = max(1, max(len(line) for line in lines))
     padding = (text.end, -1, -1)
     for line in lines:
-        while len(line) < T:
-            line.append(padding)
+        line += [padding] * (T - len(line))
     grid = torch.tensor(lines, device=device)                                         # [B*R,T,3]
     tokens, numbers, targets = grid.unbind(-1)                                        # [B*R,T]
     return Sequence(tokens, numbers, targets, image=image)
@@ -510,14 +504,13 @@ def sample_scenes(B: int, g: torch.Generator) -> Scenes:
 def scenes_as_objects(s: Scenes) -> list[Scene]:
     """The same scenes as lists of Object."""
     colours = list(COLOURS)
-    rows = []
-    lists = [t.tolist() for t in s]
-    for n, shapes, hues, cells, xys, zs, theme in zip(*lists):
+    scenes = []
+    for n, *slots, theme in zip(*[t.tolist() for t in s]):
         objects = []
-        for shape, hue, cell, (x, y), z in zip(shapes, hues, cells, xys, zs):
+        for shape, hue, cell, (x, y), z in zip(*slots):
             objects.append(Object(SHAPES[shape], colours[hue], cell, x, y, z))
-        rows.append(Scene(objects[:n], theme))
-    return rows
+        scenes.append(Scene(objects[:n], theme))
+    return scenes
 
 
 # ---- the procedural world: renderings ----
@@ -837,12 +830,10 @@ class World(DataSet):
 
     def corpus(self):
         """All kinds of sentences of the world."""
-        for m in MAPS.values():
-            yield from m.words
         for words in (ASK_TO_DRAW, *ASK_FOR_CAPTION.values()):
             yield from words
-        for question in QUESTIONS.values():
-            yield from question.words
+        for entry in (*MAPS.values(), *QUESTIONS.values()):
+            yield from entry.words
         scenes, _, rng = self.scenes('train', 'corpus', 0, 300, pixels=False)
         for scene in scenes:
             for style in STYLES:

@@ -627,13 +627,12 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
-    p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     p.add_argument('--device', default='auto', help='cpu, cuda, mps or auto (default %(default)s)')
     a = p.parse_args(argv)
-    if a.n < 16 or not 0 <= a.cfg <= 100:
-        raise UserError(f'--n is {a.n}, --cfg is {a.cfg}: at least 16, and from 0 to 100')
+    if a.n < 16:
+        raise UserError(f'--n is {a.n}: it must be 16 or more')
     device = data.find_device(a.device)
     run = Path(a.run)
     tok, umm, text, _, meta = load(run / 'model.safetensors', device)
@@ -642,7 +641,7 @@ def main(argv=None):
     world = open_world(folder, umm.c.size, 0, device, text, s.get('skip_bad'))
     if meta['stage'] == 'pretrain' and meta['step'] == 0:
         umm = None                                             # not trained yet
-    scores = evaluate(umm, tok, world, a.n, a.cfg, a.split)
+    scores = evaluate(umm, tok, world, a.n, s.get('cfg', 2.), a.split)
     report(scores, run / f'scores_{a.split}.json')
 
 

@@ -99,13 +99,8 @@ class Settings(Config):
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
     muon_lr: float = setting(.02, 'Muon learning rate: hidden matrices, all stages', least=1e-12)
-    warmup: float = setting(.02, 'share of a stage in which the learning rate rises', most=1)
-    cooldown: float = setting(.4, 'share of a stage, at its end, in which it falls', most=1)
-    pre_cooldown: float = setting(.1, 'the same for pretrain, which another stage follows', most=1)
-    clip: float = setting(1., 'largest norm of the gradient', least=1e-12)
     # -- what the losses count
-    w_text: float = setting(1., 'weight of the mean loss of answers about pictures')
-    pre_w_text: float = setting(.1, 'the same in the pretrain stage, where it slows drawing')
+    w_text: float = setting(1., 'weight of the mean loss of answers about pictures, post-training')
     w_draw: float = setting(.4, 'weight of the mean loss of drawings, post-training; of plans: 1')
     w_proxy: float = setting(.6, 'weight of the mean loss of maps')
     # -- how maps and drawings are taught
@@ -202,8 +197,11 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon always computes in bfloat16, 100 times slower than float32 on a CPU without bfloat16
     units; this one keeps the type of the weights. Of a convolution all axes but the first are one."""
 
-    def __init__(self, params, lr, momentum=.95, decay=.1):
-        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+    MOMENTUM = .95
+    DECAY = .1
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
@@ -214,8 +212,8 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 m = state.setdefault('momentum', torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp(m, group['momentum'])     # Nesterov
+                m.lerp_(p.grad, 1 - self.MOMENTUM)
+                update = p.grad.lerp(m, self.MOMENTUM)     # Nesterov
                 same = by_shape.setdefault(p.shape, [])
                 same.append((p, update.flatten(1)))                                   # [a,b]
             lr = group['lr']
@@ -225,7 +223,7 @@ class Muon(torch.optim.Optimizer):
                 a, b = U.shape[1:]
                 size = lr * max(1, a / b) ** .5                # an output moves as far at any shape
                 for (p, _), u in zip(same, U):
-                    p.mul_(1 - lr * group['decay'])
+                    p.mul_(1 - lr * self.DECAY)
                     p.add_(u.view_as(p), alpha=-size)
 
 
@@ -542,6 +540,11 @@ class Pace:
 
 
 # ---- the loop ----
+CLIP = 1.                      # largest norm of the gradient
+WARMUP = .02                   # share of a stage in which the learning rate rises
+COOLDOWN = {'tokenizer': .4, 'pretrain': .1, 'posttrain': .4}          # share in which it falls
+
+
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: int, look):
     """The one training loop.
 
@@ -570,12 +573,12 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
         losses['loss'].backward()
         if SEVERAL:
             run.stop = average_gradients(model, run.stop)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         if not norm.isfinite():                                # no step is taken with it
             raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate. '
                             f'Last good state: {s.out}')
         # the optimizers' step
-        rate = schedule(s, stage, step, steps)
+        rate = schedule(stage, step, steps)
         for optimizer in opts:
             optimizer.param_groups[0]['lr'] = optimizer.defaults['lr'] * rate
             optimizer.step()
@@ -604,12 +607,11 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     run.save('state.safetensors', run.stage, run.step)
 
 
-def schedule(s: Settings, stage: str, step: int, steps: int) -> float:
+def schedule(stage: str, step: int, steps: int) -> float:
     """Share of the learning rate: it rises, stays, and falls to zero. Falling slowly, it settles what is
     half learned; a stage that another one follows need not settle."""
-    cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
-    rise = (step + 1) / max(1, s.warmup * steps)               # above 1 after the warmup
-    fall = (steps - step) / max(1, cooldown * steps)           # below 1 in the cooldown
+    rise = (step + 1) / max(1, WARMUP * steps)                 # above 1 after the warmup
+    fall = (steps - step) / max(1, COOLDOWN[stage] * steps)    # below 1 in the cooldown
     return min(1, rise, fall)
 
 
@@ -682,9 +684,9 @@ def losses_of(run: Run, seq, target=None, hide=0.):
         return run.umm(seq, hide)
 
 
-def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w_draw=1., late=False):
-    """Mean losses of a step: `ask` pictures with questions, `draw` texts to draw, `maps` pictures with
-    maps. What nothing is known of is left out; late: ask more, mostly to find things.
+def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., late=False):
+    """Mean losses of a step: `n_ask` pictures with questions, `n_draw` texts to draw, `n_maps` pictures
+    with maps. What nothing is known of is left out; late: ask more, mostly to find things.
 
     Each loss is a mean over its own tokens, in nats, and has its own weight: 64 codes of a picture do
     not drown three words of an answer. All of them go through one pass of the optimizer."""
@@ -692,20 +694,20 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w
     index = my_index(step)
     out = {}
 
-    if ask:
+    if n_ask:
         # questions and captions about pictures
         Q, kinds = s.questions, world.asked
         if late:
             Q, kinds = s.late_questions, world.asked_late
-        seq, _ = world.questions('train', index, my_share(ask), Q, kinds=kinds)
+        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=kinds)
         out['text'], _ = losses_of(run, seq)
-    if draw and world.captions:
+    if n_draw and world.captions:
         # pictures from captions
-        seq, target = world.drawings('train', index, my_share(draw), s.drop)
+        seq, target = world.drawings('train', index, my_share(n_draw), s.drop)
         out['plan'], out['draw'] = losses_of(run, seq, target)
-    if maps:
+    if n_maps:
         # maps of pictures
-        seq, target, r = world.maps_to_draw('train', index, my_share(maps), s.proxy)
+        seq, target, r = world.maps_to_draw('train', index, my_share(n_maps), s.proxy)
         out[s.proxy] = run.control.map_loss(run, index, seq, target, r)
     weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
     losses = {'loss': 0 * umm.source.sum()}                    # if nothing is known of these pictures
@@ -731,7 +733,7 @@ def pretrain(run: Run):
     pictures = s.pre_ask + s.pre_draw                          # in a step
 
     def loss_of(step):
-        return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)
+        return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, w_text=.1)      # it slows drawing
 
     loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, pictures, lambda: look_at_umm(run))
 
