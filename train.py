@@ -557,7 +557,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     if run.stage != stage:
         return                                                 # done before the interruption
     opts = optimizers(model.train(), lr, s.muon_lr)
-    if run.step > 0:                                              # resumed in the middle of this stage
+    if run.step > 0:                                           # resumed in the middle of this stage
         run.restore(opts)
     pace, spent, begin = Pace(), [], time.time()
     quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
@@ -809,21 +809,19 @@ def finish(run: Run, begin: float):
     everything: data, sample pictures, the evaluation."""
     s = run.s
     run.save('model.safetensors', run.stage, 0)
-    umm = run.umm
-    if run.stage == 'pretrain':                                # comes next: it is not trained yet
-        umm = None
+    # what comes next is not trained yet
+    umm = None if run.stage == 'pretrain' else run.umm
     scores = evaluation.evaluate(umm, run.tok, run.world, s.eval_n, s.cfg)
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
     print(f"\n{scores['minutes']:.1f} minutes since this start")
-    checkpoint = run.dir / 'model.safetensors'
-    if umm is None:
-        print(f'python sample.py reconstruct PICTURE --checkpoint {checkpoint}')
-        return
-    samples = sample.picture(umm, run.tok, run.world, s.cfg)
-    samples.save(run.dir / 'samples.png')
-    print(f'Look at {run.dir}/samples.png, then:\n'
-          f'python sample.py draw "{run.world.example}" --n 1 --checkpoint {checkpoint}')
+    task = 'reconstruct PICTURE'
+    if umm:
+        samples = sample.picture(umm, run.tok, run.world, s.cfg)
+        samples.save(run.dir / 'samples.png')
+        task = f'draw "{run.world.example}" --n 1'
+    print(f'Look at the pictures in {run.dir}, then:\n'
+          f'python sample.py {task} --checkpoint {run.dir}/model.safetensors')
 
 
 if __name__ == '__main__':

@@ -71,7 +71,6 @@ CLAIMS = (
     Claim('the trunk must move: frozen blocks lose', 'seg', 'frozen', UNDERSTANDING, '-'),
     Claim('maps matter when few pictures have questions (200)', 'seg-asked-200', 'sft-asked-200',
           UNDERSTANDING, '-'),
-    Claim('the same with VQ codes as input', 'seg-code', 'sft-code', UNDERSTANDING, '-'),
     Claim('segmentation leaves text-only reasoning as it is', 'seg', 'sft', REASONING, '0',
           no_change=True),
     Claim('segmentation improves generation over questions alone', 'seg', 'sft', GENERATION,
@@ -139,10 +138,9 @@ SWEEPS = {
         '0': 'sft', '100': 'scale-100', '400': 'scale-400', '1600': 'scale-1600', 'endless': 'seg'},
     'distinct pictures with questions': {
         '200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
-    'input pictures': {'patches': 'seg', 'codes': 'seg-code'},
 }
 BASELINES = {
-    'seg-long': 'sft-long', 'seg-code': 'sft-code',
+    'seg-long': 'sft-long',
     'seg-asked-200': 'sft-asked-200', 'seg-asked-800': 'sft-asked-800',
     # at equal FLOPs
     'seg-order': 'sft-flops', 'seg-masked': 'sft-flops', 'seg-blind': 'sft-flops',
