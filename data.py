@@ -71,9 +71,9 @@ def written_whole(path):
 
 def find_device(name='auto') -> torch.device:
     """The one place where it is chosen; auto: cuda where there is one, else cpu."""
-    there = [d for d in ('cuda', 'mps', 'cpu') if getattr(torch, d).is_available()]
+    there = [d for d in ('cuda', 'cpu', 'mps') if getattr(torch, d).is_available()]
     if name == 'auto':
-        name = 'cuda' if 'cuda' in there else 'cpu'
+        name = there[0]
     if name not in there:
         raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
     # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
@@ -162,30 +162,6 @@ def picture(r: Rendering):
     return r.image
 
 
-# How the input of a restoration is spoilt: x [B,3,S,S], u random numbers of that size -> [B,3,S,S]
-def noisy(x, u):
-    """Uniform noise of +-.35, clipped."""
-    return (x + .7 * (u - .5)).clamp(0, 1)
-
-
-def blurred(x, u):
-    """The mean of 7 x 7 pixels around each."""
-    padded = F.pad(x, (3, 3, 3, 3), mode='replicate')                                 # [B,3,S+6,S+6]
-    return F.avg_pool2d(padded, 7, 1)                                                 # [B,3,S,S]
-
-
-def coarse(x, u):
-    """A quarter of the resolution."""
-    return F.interpolate(F.avg_pool2d(x, 4), x.shape[2:])                             # [B,3,S,S]
-
-
-def with_holes(x, u):
-    """40% of the squares of 8 x 8 pixels made grey."""
-    chance = u[:, :1, ::8, ::8]                            # one number for 8 x 8 pixels
-    squares = F.interpolate(chance, x.shape[2:])                                      # [B,1,S,S]
-    return torch.where(squares < .4, .5, x)
-
-
 @dataclass(frozen=True)
 class Map:
     """All that the project knows of one kind of map."""
@@ -193,10 +169,8 @@ class Map:
     words: tuple                     # instructions in words, one is drawn at random
     needs: str                       # field of Rendering that must be annotated; 'image': nothing
     colour: str                      # in figures
-    spoil: Callable | None = None    # (pictures, random numbers) -> the input; None: the picture itself
 
 
-AGAIN = ('copy the picture.', 'draw every object again.', 'show the same picture.')
 MAPS = {
     'seg': Map(seg, ('segment the picture.', 'color every object by its class.',
                      'show the segmentation map.'), 'classes', '#d62728'),
@@ -206,11 +180,8 @@ MAPS = {
                 'image', '#1f77b4'),
     'depth': Map(depth, ('estimate the depth.', 'color every object by its distance.',
                          'show the depth map.'), 'depth', '#9467bd'),
-    'recon': Map(picture, AGAIN, 'image', '#2ca02c'),
-    'denoise': Map(picture, AGAIN, 'image', '#8c564b', noisy),
-    'deblur': Map(picture, AGAIN, 'image', '#e377c2', blurred),
-    'superres': Map(picture, AGAIN, 'image', '#17becf', coarse),
-    'inpaint': Map(picture, AGAIN, 'image', '#bcbd22', with_holes),
+    'recon': Map(picture, ('copy the picture.', 'draw every object again.', 'show the same picture.'),
+                 'image', '#2ca02c'),
 }
 
 # ---- text tokens ----
@@ -221,8 +192,7 @@ class Text:
     """Text <-> token ids, byte-level BPE. No string encodes to the specials `answer` and `end`."""
 
     def __init__(self, vocab: list[bytes]):
-        twice = len(set(vocab)) < len(vocab)
-        if twice or vocab[:256] != BYTES:
+        if len(set(vocab)) < len(vocab) or vocab[:256] != BYTES:
             raise ValueError('a vocabulary starts with all bytes and names no token twice')
         self.vocab = list(vocab)
         self.answer = len(vocab)                               # opens an answer or a plan
@@ -283,7 +253,7 @@ class Sequence:
     text: torch.Tensor                       # [B*R,T] token ids; R rows of text share a picture
     turn: torch.Tensor                       # [B*R,T] 1, 2, ..., or -1 for padding
     target: torch.Tensor | None = None       # [B*R,T] the token to predict here, -1 = none
-    image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]; codes [B,N] for image_input code
+    image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]
     codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
 
 
@@ -303,16 +273,12 @@ def pack(text: Text, rows, image=None, device='cpu', room=96) -> Sequence:
     """rows: for each picture a list of turns (prompt, answer), in words; answer None: the prompt alone.
     Only answer and end are supervised. Many turns are spread over R rows of some `room` tokens, which
     share the picture: attention, whose cost is quadratic, need not span what it may not see."""
-    turns, R, most = [], 1, 1
+    turns = []
     for row in rows:
-        mine = []
-        for number, (ask, answer) in enumerate(row, 1):
-            mine.append(tokens_of(text, number, ask, answer))
-        turns.append(mine)
-        most = max(most, len(mine))
-        length = sum(len(turn) for turn in mine)
-        R = max(R, 1 + length // room)
-    R = min(R, most)                                           # a turn is never cut
+        turns.append([tokens_of(text, number, *turn) for number, turn in enumerate(row, 1)])
+    longest = max(sum(len(turn) for turn in mine) for mine in turns)
+    most = max(1, max(len(mine) for mine in turns))
+    R = min(1 + longest // room, most)                         # a turn is never cut
     lines = []
     for mine in turns:
         parts = [[] for _ in range(R)]
@@ -322,8 +288,7 @@ def pack(text: Text, rows, image=None, device='cpu', room=96) -> Sequence:
     T = max(1, max(len(line) for line in lines))
     padding = (text.end, -1, -1)
     for line in lines:
-        while len(line) < T:
-            line.append(padding)
+        line += [padding] * (T - len(line))
     grid = torch.tensor(lines, device=device)                                         # [B*R,T,3]
     tokens, numbers, targets = grid.unbind(-1)                                        # [B*R,T]
     return Sequence(tokens, numbers, targets, image=image)
@@ -384,11 +349,6 @@ class DataSet:
         known = ('image', *self.annotated)
         return [name for name, m in MAPS.items() if m.needs in known]
 
-    @property
-    def targets(self) -> list[str]:
-        """Names of the maps that are pictures of their own kind: the tokenizer has to know them."""
-        return [name for name in self.maps if MAPS[name].spoil is None]
-
     def turns(self, scene, Q: int, rng, kinds) -> list:
         """[(type, (question, answer))]: Q of them, of types drawn from `kinds`; fewer where hardly any
         question fits the scene."""
@@ -435,16 +395,8 @@ class DataSet:
         """-> (Sequence of B pictures with an instruction, their maps [B, 3, S, S], Rendering)."""
         _, r, rng = self.scenes(split, stream, index, B)
         m = MAPS[name]
-        image = r.image
-        if m.spoil is not None:
-            g = generator(self.seed, split, stream + ' spoilt', index)
-            u = torch.rand(image.shape, generator=g)
-            image = m.spoil(image, u.to(self.device))
-        rows = []
-        for _ in image:
-            instruction = rng.choice(m.words)
-            rows.append([(instruction, None)])
-        return pack(self.text, rows, image, self.device), m.draw(r), r
+        rows = [[(rng.choice(m.words), None)] for _ in r.image]
+        return pack(self.text, rows, r.image, self.device), m.draw(r), r
 
 
 # ---- the procedural world: scenes ----
@@ -552,14 +504,13 @@ def sample_scenes(B: int, g: torch.Generator) -> Scenes:
 def scenes_as_objects(s: Scenes) -> list[Scene]:
     """The same scenes as lists of Object."""
     colours = list(COLOURS)
-    rows = []
-    lists = [t.tolist() for t in s]
-    for n, shapes, hues, cells, xys, zs, theme in zip(*lists):
+    scenes = []
+    for n, *slots, theme in zip(*[t.tolist() for t in s]):
         objects = []
-        for shape, hue, cell, (x, y), z in zip(shapes, hues, cells, xys, zs):
+        for shape, hue, cell, (x, y), z in zip(*slots):
             objects.append(Object(SHAPES[shape], colours[hue], cell, x, y, z))
-        rows.append(Scene(objects[:n], theme))
-    return rows
+        scenes.append(Scene(objects[:n], theme))
+    return scenes
 
 
 # ---- the procedural world: renderings ----
@@ -879,12 +830,10 @@ class World(DataSet):
 
     def corpus(self):
         """All kinds of sentences of the world."""
-        for m in MAPS.values():
-            yield from m.words
         for words in (ASK_TO_DRAW, *ASK_FOR_CAPTION.values()):
             yield from words
-        for question in QUESTIONS.values():
-            yield from question.words
+        for entry in (*MAPS.values(), *QUESTIONS.values()):
+            yield from entry.words
         scenes, _, rng = self.scenes('train', 'corpus', 0, 300, pixels=False)
         for scene in scenes:
             for style in STYLES:

@@ -60,8 +60,10 @@ def mean_of(figures: list[dict]) -> dict:
     total = sum(f['value'] for f in kept)
     mean = total / k
     # errors of independent shares add up as the sides of a right angle
-    below = math.hypot(*[f['value'] - f['low'] for f in kept]) / k
-    above = math.hypot(*[f['high'] - f['value'] for f in kept]) / k
+    lower = [f['value'] - f['low'] for f in kept]
+    upper = [f['high'] - f['value'] for f in kept]
+    below = math.hypot(*lower) / k
+    above = math.hypot(*upper) / k
     n = sum(f['n'] for f in kept)
     return figure(mean, mean - below, mean + above, n)
 
@@ -91,10 +93,10 @@ def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> 
     """Accuracy by type over n pictures (or more, to fill B) with Q questions each; whole answers count.
     A greedy answer is the true one exactly when every true token, the end included, is the likeliest
     after the true tokens before it: one pass over the true answers scores greedy decoding."""
-    right, total = Counter(), Counter()
+    right = Counter()
+    total = Counter()
     for i in range(math.ceil(n / B)):
         s, kinds = world.questions(split, i, B, Q, captions=(), stream='understanding')
-        s.image = umm.inputs(tok, s.image)
         logits = umm.text_head(umm.hidden(s))                                         # [B*R,T,V]
         good = logits.argmax(-1) == s.target                                          # [B*R,T]
         good = good | (s.target < 0)                           # nothing is asked of these tokens
@@ -103,15 +105,14 @@ def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> 
         turns = s.turn.view(len(kinds), -1)                                           # [B,R*T]
         for b, row in enumerate(kinds):
             for number, kind in enumerate(row, 1):
+                if kind not in world.kinds:
+                    kind = 'reason'                            # sums in words are asked as a control
                 mine = good[b][turns[b] == number]             # its tokens: are they right?
                 total[kind] += 1
                 right[kind] += int(mine.all())
     scores = by_kind(world, right, total)
-    for kind in list(total):                                   # sums in words are asked as a control
-        if kind not in world.kinds:
-            right['reason'] += right[kind]
-            total['reason'] += total[kind]
-            scores['reason'] = share(right['reason'], total['reason'])
+    if total['reason']:
+        scores['reason'] = share(right['reason'], total['reason'])
     return scores
 
 
@@ -136,7 +137,9 @@ def asked_without_pictures(world: DataSet, split: str, stream: str, n: int):
 def blind(world: DataSet, n=512, split='test') -> dict:
     """Such questions about these scenes and n more, from their words alone: the answer most frequent in
     16 n training scenes after that question; after its type, if possible one it names, if never seen."""
-    seen, right, total = defaultdict(Counter), Counter(), Counter()
+    seen = defaultdict(Counter)                                # question or type: answers
+    right = Counter()
+    total = Counter()
     for kind, question, answer in asked_without_pictures(world, 'train', 'blind', 16 * n):
         seen[question][answer] += 1
         seen[kind][answer] += 1
@@ -150,8 +153,7 @@ def blind(world: DataSet, n=512, split='test') -> dict:
             named = [a for a in ranked if a in choice]
             ranked = named or ranked
         total[kind] += 1
-        guess = ranked[0] if ranked else ''
-        if guess == answer:
+        if ranked and ranked[0] == answer:
             right[kind] += 1
     return by_kind(world, right, total)
 
@@ -170,7 +172,8 @@ SMALLEST = .02                 # share of the picture that an object covers at l
 def components(mask, label):
     """Connected regions (8 neighbours) of mask [B, S, S] with equal label [B, S, S] -> ids, 0 = none:
     the highest pixel index spreads inside each region until nothing changes."""
-    planes = F.one_hot(label).permute(0, 3, 1, 2)                                     # [B,k,S,S]
+    planes = F.one_hot(label)                                                         # [B,S,S,k]
+    planes = planes.permute(0, 3, 1, 2)                                               # [B,k,S,S]
     planes = (planes * mask[:, None]).float()                  # one plane for each label
     S = mask.shape[-1]
     index = torch.arange(1, S * S + 1, device=mask.device)
@@ -184,10 +187,11 @@ def components(mask, label):
 
 def templates(size: int, device):
     """Binary pictures of each shape at 10 radii and 4 half-pixel offsets -> [5 * 40, 1, P, P]."""
-    half = math.ceil(data.NEAR * 1.1 * size) + 1
+    largest = data.NEAR * 1.1 * size
+    half = math.ceil(largest) + 1                              # of the template's side
     axis = torch.arange(-half, half + 1, device=device)                               # [P]
-    smallest, largest = data.FAR * .9, data.NEAR * 1.05
-    radii = torch.linspace(smallest, largest, 10) * size                              # in pixels
+    radii = torch.linspace(data.FAR * .9, data.NEAR * 1.05, 10)
+    radii = radii * size                                       # in pixels
     offsets = list(product((0, .5), (0, .5)))                  # centres lie between pixels too
     inside = []
     for shape, r, (x, y) in product(range(len(SHAPES)), radii, offsets):
@@ -198,16 +202,6 @@ def templates(size: int, device):
     return torch.stack(inside)[:, None].float()                                       # [200,1,P,P]
 
 
-def regions_of(ids, smallest: float) -> list:
-    """[(number of the picture, mask [S, S])] of all regions of that many pixels; ids [B, S, S]."""
-    found = []
-    for b, picture in enumerate(ids):                          # [S,S]
-        values, area = picture.unique(return_counts=True)
-        large = (area >= smallest) & (values > 0)              # 0 is the background
-        found += [(b, picture == value) for value in values[large]]
-    return found
-
-
 def around(mask, y: int, x: int, pad: int):
     """What templates placed at most REACH from (y, x) can cover of a mask [S, S]."""
     margin = pad + REACH
@@ -216,73 +210,63 @@ def around(mask, y: int, x: int, pad: int):
     return wide[y:y + side, x:x + side]                                               # [side,side]
 
 
-def best_templates(masks, solid, bank) -> list:
-    """For n regions [S, S], each with all that is coloured in its picture [S, S]: (template, y, x), the
-    template that overlaps best and where it lies. By intersection over union; pixels of the template
-    that other objects cover count as neither."""
+def best_template(mask, solid, bank):
+    """The template that overlaps a region [S, S] best, by intersection over union, and where it lies:
+    (template, y, x). Pixels that other objects cover, the rest of `solid` [S, S], count as neither."""
     pad = bank.shape[-1] // 2
-    middles, hits, overs = [], [], []
-    for mask, coloured in zip(masks, solid):
-        middle = mask.nonzero().float().mean(0)                                       # [2]
-        y, x = middle.long().tolist()
-        middles.append((y, x))
-        hits.append(around(mask, y, x, pad))
-        overs.append(around(~coloured, y, x, pad))
-    # a convolution counts, for each template and place, the pixels that template and region share
-    hits = torch.stack(hits)[:, None]                                                 # [n,1,side,side]
-    overs = torch.stack(overs)[:, None]
-    hit = F.conv2d(hits, bank)                                                        # [n,200,13,13]
-    over = F.conv2d(overs, bank)                               # and those that lie on the background
-    area = torch.stack([mask.sum() for mask in masks])                                # [n]
-    area = area[:, None, None, None]
-    iou = hit / (area + over)                                                         # [n,200,13,13]
-    best_places = iou.flatten(1).argmax(1)                                            # [n]
-    found = []
-    for (y, x), best in zip(middles, best_places):
-        k, down, right = torch.unravel_index(best, iou.shape[1:])
-        y += int(down) - REACH
-        x += int(right) - REACH
-        found.append((int(k), y, x))
-    return found
+    middle = mask.nonzero().float().mean(0)                                           # [2]
+    y, x = middle.long().tolist()
+    # a convolution counts, for each template and place, the pixels that it shares with the region
+    # and with the background
+    region = around(mask, y, x, pad)
+    nothing = around(~solid, y, x, pad)
+    both = torch.stack([region, nothing])[:, None]                                    # [2,1,side,side]
+    hit, over = F.conv2d(both, bank)                                                  # [200,13,13]
+    iou = hit / (mask.sum() + over)
+    k, down, right = torch.unravel_index(iou.argmax(), iou.shape)
+    y += int(down) - REACH
+    x += int(right) - REACH
+    return int(k), y, x
 
 
 def detect(images) -> list[list[Object]]:
     """Objects in pictures [B, 3, S, S]: connected saturated regions of one colour and 2% of the picture,
-    the shape by the template that overlaps best. What it leaves of a region is looked at again: objects
-    of one colour may touch."""
-    B, _, S, _ = images.shape
-    names = list(COLOURS)
-    rgb = torch.tensor([COLOURS[name] for name in names], device=images.device)       # [6,3]
+    the shape by the template that overlaps best."""
+    S = images.shape[-1]
+    rgb = torch.tensor(list(COLOURS.values()), device=images.device)                  # [6,3]
     saturation = images.amax(1) - images.amin(1)                                      # [B,S,S]
     solid = saturation > .35
     pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
     off = pixels[..., None, :] - rgb                                                  # [B,S,S,6,3]
     distance = off.square().sum(-1)                                                   # [B,S,S,6]
     colour = distance.argmin(-1)                                                      # [B,S,S]
-    bank = templates(S, images.device)
-    smallest = SMALLEST * S * S
     regions = components(solid, colour)                                               # [B,S,S]
-    todo = regions_of(regions, smallest)
-    found = [[] for _ in range(B)]
+    bank = templates(S, images.device)
+    return [objects_in(*picture, bank) for picture in zip(regions, solid, colour)]
+
+
+def objects_in(regions, solid, colour, bank) -> list[Object]:
+    """Of one picture, all [S, S]. What a template leaves of a region is looked at again: objects of one
+    colour may touch."""
+    S, names = len(regions), list(COLOURS)
+    numbers = regions.unique()
+    todo = [regions == number for number in numbers if number > 0]
+    found = []
     while todo:
-        part = todo[:128]                                      # so many at a time
-        todo = todo[128:]
-        masks = [mask for _, mask in part]
-        coloured = [solid[b] for b, _ in part]
-        best = best_templates(masks, coloured, bank)
-        for (b, mask), (k, y, x) in zip(part, best):
-            covered = laid(bank[k, 0], y, x, S)                                       # [S,S]
-            inside = mask & covered
-            if not inside.any():
-                continue
-            middle = inside.nonzero().float().mean(0) + .5
-            y, x = (middle / S).tolist()
-            shape = SHAPES[k * len(SHAPES) // len(bank)]
-            first = int(colour[b][mask][0])                    # all pixels of a region have one colour
-            found[b].append(Object(shape, names[first], 0, x, y, 0.))
-            rest = mask & ~widened(covered)
-            if rest.sum() >= smallest:
-                todo.append((b, rest))
+        mask = todo.pop(0)
+        if mask.sum() < SMALLEST * S * S:
+            continue
+        k, y, x = best_template(mask, solid, bank)
+        covered = laid(bank[k, 0], y, x, S)                                           # [S,S]
+        inside = mask & covered
+        if not inside.any():
+            continue
+        middle = inside.nonzero().float().mean(0) + .5
+        y, x = (middle / S).tolist()
+        shape = SHAPES[k * len(SHAPES) // len(bank)]
+        hue = int(colour[mask][0])                             # all pixels of a region have one colour
+        found.append(Object(shape, names[hue], 0, x, y, 0.))
+        todo.append(mask & ~widened(covered))
     return found
 
 
@@ -296,7 +280,8 @@ def laid(template, y: int, x: int, S: int):
 
 def widened(mask):
     """A mask [S, S] and the pixels next to it."""
-    wide = F.max_pool2d(mask[None].float(), 3, 1, 1)
+    mask = mask[None].float()                                                         # [1,S,S]
+    wide = F.max_pool2d(mask, 3, 1, 1)
     return wide[0] > 0                                                                # [S,S]
 
 
@@ -366,11 +351,8 @@ def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
 
     def passed(pictures):
         found = detect(pictures)
-        right = 0
-        for asked, seen in zip(wanted, found):
-            if satisfied(asked, category, seen):
-                right += 1
-        return share(right, n)
+        right = [satisfied(asked, category, seen) for asked, seen in zip(wanted, found)]
+        return share(sum(right), n)
 
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
@@ -394,16 +376,16 @@ class Reader:
 
     def __init__(self, world: DataSet, steps=600, B=64, rare=.02):
         self.world = world
-        said, captions = Counter(), 0
+        texts, said = [], Counter()
         pictures = min(world.limit('train'), 20_000)
         for i in range(math.ceil(pictures / B)):
             batch = world.scenes('train', 'reader words', i, B, pixels=False)
-            for caption in self.captions(batch):
-                said.update(self.words_of(caption))
-                captions += 1
+            texts += self.captions(batch)
+        for text in texts:
+            said.update(self.words_of(text))
         self.words, weight = [], []
         for word, n in sorted(said.items()):
-            often = n / captions
+            often = n / len(texts)
             if rare <= often <= 1 - rare:
                 self.words.append(word)
                 weight.append(1 / often - 1)                   # rare words count more
@@ -439,7 +421,8 @@ class Reader:
             layers.append(nn.GELU())
         layers.append(nn.Flatten())
         layers.append(nn.Dropout())
-        layers.append(nn.Linear(128 * side ** 2, len(self.words)))
+        features = 128 * side ** 2
+        layers.append(nn.Linear(features, len(self.words)))
         self.net = nn.Sequential(*layers).to(self.world.device)
         # small pictures are learned by heart: dropout and weight decay work against that
         optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3, weight_decay=.05)
@@ -534,7 +517,6 @@ def miou(pred, true, k=len(data.CLASSES)) -> dict:
 def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
     s, target, r = world.maps_to_draw(split, 0, n, 'seg', stream='segmentation')
-    s.image = umm.inputs(tok, s.image)
     codes = umm.generate(s, temperature=0)                     # the likeliest code at each place
     drawn = tok.decode(codes)                                                         # [n,3,S,S]
     best = tok.decode(tok.encode(target))                                             # [n,3,S,S]
@@ -551,13 +533,14 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
     _, r, _ = world.scenes(split, 'tokenizer', 0, n)
     n, K = len(r.image), tok.c.codebook
     scores, count = {}, torch.zeros(K)
-    for name in world.targets:
+    for name in world.maps:
         x = MAPS[name].draw(r)
         codes = tok.encode(x)
         y = tok.decode(codes)
         count += codes.flatten().bincount(minlength=K).cpu()
         error = (x - y).square()                                                      # [n,3,S,S]
-        psnr = -10 * error.mean((1, 2, 3)).clamp(min=1e-10).log10()                   # [n]
+        mse = error.mean((1, 2, 3)).clamp(min=1e-10)                                  # [n]
+        psnr = -10 * mse.log10()                                                      # [n]
         key = 'psnr' if name == 'recon' else f'psnr_{name}'
         scores[key] = bootstrap(lambda total: total / n, psnr.cpu())
         if name == 'seg':
@@ -593,7 +576,8 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
         each = max(2, n // 8)                                  # prompts a category
         scores['generation'] = generation(umm, tok, world, each, cfg, split)
     elif world.captions:
-        scores['generation'] = recognition(umm, tok, world, min(n, 192), cfg, split)
+        pictures = min(n, 192)
+        scores['generation'] = recognition(umm, tok, world, pictures, cfg, split)
     if 'seg' in world.maps:
         pictures = max(2, n * 3 // 8)
         pictures = min(256, pictures)
@@ -605,36 +589,27 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
 def as_text(f) -> str:
     """A figure with its interval, or a plain number."""
     if isinstance(f, float):
-        return f'{f:.0f}'
+        return f'{f:.3g}'
     if f['n'] == 0:
         return '-'
     return '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**f)
 
 
-WIDTHS = (17, 23, 5, 5, 6)     # of the table's columns, in letters
-
-
 def table(scores: dict) -> str:
     """The scores as Markdown."""
-    rows = [('**understanding**', '[95% interval]', 'n', 'blind', 'chance')]
+    rows = [('', '[95% interval]', 'n', 'blind', 'chance')]
     for part in ('understanding', 'generation', 'segmentation', 'tokenizer'):
-        if part != 'understanding':
-            rows.append((f'**{part}**', '[95% interval]', 'n', '', ''))
+        rows.append((f'**{part}**', '', '', '', ''))
         for name, f in scores[part].items():
             n = '' if isinstance(f, float) else f['n']
-            guess = ''
-            blindly = ''
-            if part == 'understanding' and name in scores['blind']:
-                blindly = as_text(scores['blind'][name])[:5]
+            blindly = guess = ''
+            if part == 'understanding':
+                if name in scores['blind']:
+                    blindly = as_text(scores['blind'][name])[:5]
                 if name in scores['chance']:
-                    guess = f"{scores['chance'][name]:.3f}"
+                    guess = as_text(scores['chance'][name])
             rows.append((name, as_text(f), n, blindly, guess))
-    lines = []
-    for row in rows:
-        cells = []
-        for cell, width in zip(row, WIDTHS):
-            cells.append(str(cell).ljust(width))
-        lines.append('| ' + ' | '.join(cells) + ' |')
+    lines = ['| {:17} | {:23} | {:5} | {:5} | {:6} |'.format(*row) for row in rows]
     lines.insert(1, '|---|---|---|---|---|')
     return '\n'.join(lines)
 
@@ -652,15 +627,12 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
-    p.add_argument('--cfg', type=float, default=2., help='guidance scale (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     p.add_argument('--device', default='auto', help='cpu, cuda, mps or auto (default %(default)s)')
     a = p.parse_args(argv)
     if a.n < 16:
         raise UserError(f'--n is {a.n}: it must be 16 or more')
-    if not 0 <= a.cfg <= 100:
-        raise UserError(f'--cfg is {a.cfg}: it must be from 0 to 100')
     device = data.find_device(a.device)
     run = Path(a.run)
     tok, umm, text, _, meta = load(run / 'model.safetensors', device)
@@ -669,7 +641,7 @@ def main(argv=None):
     world = open_world(folder, umm.c.size, 0, device, text, s.get('skip_bad'))
     if meta['stage'] == 'pretrain' and meta['step'] == 0:
         umm = None                                             # not trained yet
-    scores = evaluate(umm, tok, world, a.n, a.cfg, a.split)
+    scores = evaluate(umm, tok, world, a.n, s.get('cfg', 2.), a.split)
     report(scores, run / f'scores_{a.split}.json')
 
 

@@ -16,7 +16,7 @@ Axes: B pictures (text: B*R rows, see data.pack), T positions of a sequence, C c
 D channels of a head, V text vocabulary, K codebook, S side of a picture, G of its grid of N = G*G codes.
 """
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -47,9 +47,6 @@ class Config:
     n_layer: int = setting(4, 'transformer blocks', 1, 512)
     n_head: int = setting(3, 'H, attention heads', 1, 2**18)
     n_embd: int = setting(96, 'C, channels of the transformer', 4, 2**18)
-    image_input: str = setting('patch', 'input pictures as pixel patches (patch) or as VQ codes (code)',
-                               one_of=('patch', 'code'))
-    vocab: int = 512             # V, text tokens, the special ones included: follows from the data
 
     @property
     def grid(self) -> int:
@@ -58,16 +55,19 @@ class Config:
 
 
 # ---- VQ tokenizer ----
+DECAY = .98                    # of the moving averages, a step
+DEAD = .03                     # a code that is used less often than that a batch begins anew
+
+
 class VectorQuantizer(nn.Module):
     """Nearest of K unit vectors, learned by exponential moving averages: VQ-VAE (van den Oord et al.
     2017, eq. 3 and appendix A.1) with low-dimensional l2-normalised codes (Yu et al. 2021, section
     3.2) and restart of dead codes (Dhariwal et al. 2020, section 3.1)."""
 
-    def __init__(self, K: int, dim: int, decay=.98, dead=.03):
+    def __init__(self, K: int, dim: int):
         super().__init__()
-        self.decay = decay
-        self.dead = dead                         # restart codes used less than `dead` times a batch
-        codebook = F.normalize(torch.randn(K, dim), dim=-1)
+        vectors = torch.randn(K, dim)
+        codebook = F.normalize(vectors, dim=-1)
         self.register_buffer('codebook', codebook)                                    # [K, dim]
         self.register_buffer('count', torch.ones(K))                                  # [K]
         self.register_buffer('total', codebook.clone())                               # [K, dim]
@@ -98,9 +98,9 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(uses)
             dist.all_reduce(sums)
             dist.broadcast(fresh, 0)
-        self.count.lerp_(uses, 1 - self.decay)
-        self.total.lerp_(sums, 1 - self.decay)
-        dead = self.count < self.dead
+        self.count.lerp_(uses, 1 - DECAY)
+        self.total.lerp_(sums, 1 - DECAY)
+        dead = self.count < DEAD
         self.total[dead] = fresh[dead]
         self.count[dead] = 1.
         self.codebook.copy_(F.normalize(self.total, dim=-1))
@@ -131,7 +131,8 @@ class FiniteScalarQuantizer(nn.Module):
     def forward(self, z):
         """As VectorQuantizer.forward; there is nothing to commit to, so that loss is 0."""
         z = torch.tanh(z)
-        digits = ((z + 1) / 2 * (self.levels - 1)).round()                            # [B,G,G,dim]
+        unit = (z + 1) / 2                                     # from 0 to 1
+        digits = (unit * (self.levels - 1)).round()                                   # [B,G,G,dim]
         codes = (digits.long() * self.basis).sum(-1)                                  # [B,G,G]
         e = self.vectors(digits)                                                      # [B,G,G,dim]
         e = z + (e - z).detach()
@@ -261,34 +262,20 @@ class KV:
         self.k = self.v = None                                                        # [B,H,used,D]
 
     def append(self, k, v):
-        """k, v [B*R, H, T, D] -> all so far, [B*R, H, used, D]; R rows of text share their picture's."""
+        """k, v [B*R, H, T, D] -> all so far, [B*R, H, used, D]."""
         if self.k is not None:
-            R = len(k) // len(self.k)
-            before_k = self.k.repeat_interleave(R, 0)                                 # [B*R,H,past,D]
-            before_v = self.v.repeat_interleave(R, 0)
-            k = torch.cat([before_k, k], 2)                                           # [B*R,H,used,D]
-            v = torch.cat([before_v, v], 2)
+            k = joined(self.k, k)
+            v = joined(self.v, v)
         self.k, self.v = k, v
         return k, v
 
 
-class BufferedKV:
-    """As KV for R = 1, in memory that is taken once: for a sequence that grows token by token."""
-
-    def __init__(self, B: int, length: int, c: Config, like):
-        H = c.n_head
-        D = c.n_embd // H
-        self.k = like.new_zeros(B, H, length, D)
-        self.v = like.new_zeros(B, H, length, D)
-        self.used = 0
-
-    def append(self, k, v):
-        start = self.used
-        end = start + k.shape[2]
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        self.used = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+def joined(before, new):
+    """[B, H, past, D] and [B*R, H, T, D] -> [B*R, H, past + T, D]: R rows share what is before."""
+    R = len(new) // len(before)
+    if R > 1:
+        before = before.repeat_interleave(R, 0)                                       # [B*R,H,past,D]
+    return torch.cat([before, new], 2)
 
 
 class Block(nn.Module):
@@ -327,13 +314,14 @@ class Block(nn.Module):
 class UMM(nn.Module):
     """One decoder-only transformer that reads and writes both text and pictures (see the top of this
     file). Each modality has its own embedding and head; a head is computed only where its loss lives.
-    Source patch (r, c) and target code (r, c) share their 2-D position."""
+    Source patch (r, c) and target code (r, c) share their 2-D position. vocab: V, number of text tokens,
+    which follows from the data."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, vocab: int):
         super().__init__()
         self.c = c
         C = c.n_embd
-        self.text_embed = nn.Embedding(c.vocab, C)
+        self.text_embed = nn.Embedding(vocab, C)
         self.taps = nn.Parameter(torch.randn(3, C) * .5)     # how a token hears the three before it
         self.code_embed = nn.Embedding(c.codebook + 1, C)    # the last row: start of a picture
         self.patch_embed = nn.Linear(3 * c.patch ** 2, C)
@@ -342,14 +330,15 @@ class UMM(nn.Module):
         self.col = nn.Parameter(torch.randn(1, c.grid, C) * .5)
         self.source = nn.Parameter(torch.randn(C) * .5)      # marks the input picture
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.text_head = nn.Linear(C, c.vocab, bias=False)
+        self.text_head = nn.Linear(C, vocab, bias=False)
         self.pixel_head = nn.Linear(C, c.codebook, bias=False)
         nn.init.normal_(self.text_embed.weight, std=.7)
         nn.init.normal_(self.code_embed.weight, std=.7)
         nn.init.zeros_(self.text_head.weight)                # the first loss is exactly ln V
         nn.init.zeros_(self.pixel_head.weight)               # ln K
         D = C // c.n_head
-        rotations = rope_table(c.grid + 2 * MAX_TEXT, D // 2)                         # [positions,D/4]
+        positions = c.grid + 2 * MAX_TEXT
+        rotations = rope_table(positions, D // 2)                                     # [positions,D/4]
         self.register_buffer('rotations', torch.view_as_real(rotations), persistent=False)
         place = torch.arange(c.grid)
         self.register_buffer('rc', torch.cartesian_prod(place, place), False)         # [N,2] row, column
@@ -368,19 +357,10 @@ class UMM(nn.Module):
         rotations = torch.view_as_complex(self.rotations[at])                         # [B,T,2,D/4]
         return rotations.flatten(2)[:, :, None, None]                                 # [B,T,1,1,D/2]
 
-    def inputs(self, tok, image):
-        """Pictures [B, 3, S, S] as this model reads them: pixels, or the tokenizer's codes [B, N]."""
-        if self.c.image_input == 'code':
-            return tok.encode(image)
-        return image
-
     def embed_image(self, image):
-        """Input picture: [B, 3, S, S] in [0, 1] ('patch') or codes [B, N] ('code') -> [B, N, C]."""
-        if self.c.image_input == 'code':
-            x = self.code_embed(image)                                                # [B,N,C]
-        else:
-            patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                  # [B,3*P*P,G,G]
-            x = self.patch_embed(patches.flatten(2).mT)                               # [B,N,C]
+        """Input pictures [B, 3, S, S] in [0, 1] -> [B, N, C]."""
+        patches = F.pixel_unshuffle(image * 2 - 1, self.c.patch)                      # [B,3*P*P,G,G]
+        x = self.patch_embed(patches.flatten(2).mT)                                   # [B,N,C]
         return x + self.position() + self.source
 
     def embed_text(self, text, turn):
@@ -389,8 +369,10 @@ class UMM(nn.Module):
         T = text.shape[1]
         x = out = self.text_embed(text)
         for k, tap in enumerate(self.taps, 1):
-            before = F.pad(x, (0, 0, k, 0))[:, :T]                                    # [B,T,C]
-            same = turn == F.pad(turn, (k, 0), value=-2)[:, :T]                       # [B,T]
+            before = F.pad(x, (0, 0, k, 0))                                           # [B,k+T,C]
+            before = before[:, :T]
+            its_turn = F.pad(turn, (k, 0), value=-2)[:, :T]                           # [B,T]
+            same = turn == its_turn
             out = out + tap * before * same[..., None]
         return out
 
@@ -402,21 +384,34 @@ class UMM(nn.Module):
         shifted = shifted[:, start:len(self.rc)]             # the last code of a picture is no input
         hidden_rows = round(hide * len(shifted))
         shifted[:hidden_rows] = self.c.codebook
-        places = self.position()[start:start + shifted.shape[1]]
+        end = start + shifted.shape[1]
+        places = self.position()[start:end]
         return self.code_embed(shifted) + places
 
     def hidden(self, s: Sequence, kvs=None, done=0, hide=0.):
         """-> last hidden states at text and codes, [B, T (+ N), C]. Of text B stands for B*R rows, R of
         which share a picture; with codes R is 1.
 
-        In each block the picture goes first: it fills kv, from which text and codes read.
-
         kvs: keys and values of each layer, with which the first `done` positions of text and codes and
         the picture need not be computed again (nor are they returned). hide: share of the rows, the
         first ones, that do not see their own earlier codes."""
         if kvs is None:
             kvs = [KV() for _ in self.blocks]
-        N = len(self.rc)
+        if s.image is not None and done == 0:                # later its keys are in kvs
+            image = self.embed_image(s.image)                                         # [B,N,C]
+            self.through_blocks(image, self.rc[None], None, kvs)
+        x, turn = self.embed(s, done, hide)                                   # [B,new,C], [B,T']
+        T = s.text.shape[1]
+        see, at = self.places(turn, T, done)                                  # [B,new,T'], [B,new,2]
+        if s.image is not None:
+            N = len(self.rc)
+            see = F.pad(see, (N, 0), value=True)                                      # [B,new,N+T']
+        mask = torch.where(see, 0., -1e4).to(x.dtype)
+        mask = mask[:, None]                                                          # [B,1,new,N+T']
+        return self.through_blocks(x, at, mask, kvs)
+
+    def embed(self, s: Sequence, done: int, hide: float):
+        """-> inputs of text and codes from position `done` on [B, new, C], turn of all positions."""
         T = s.text.shape[1]
         turn, parts = s.turn, []
         if done < T:
@@ -430,22 +425,13 @@ class UMM(nn.Module):
             codes = self.embed_codes(s.codes, start, hide)
             parts.append(codes)
             turn = F.pad(turn, (0, start + codes.shape[1]), value=1)                  # codes are turn 1
-        x = torch.cat(parts, 1)                                                       # [B,new,C]
-        see, at = self.places(turn, T, done)                                  # [B,new,T'], [B,new,2]
-        if s.image is not None:
-            see = F.pad(see, (N, 0), value=True)                                      # [B,new,N+T']
-        mask = torch.where(see, 0., -1e4).to(x.dtype)
-        mask = mask[:, None]                                                          # [B,1,new,N+T']
-        reading = s.image is not None and done == 0          # later the picture's keys are in kvs
-        if reading:
-            image = self.embed_image(s.image)                                         # [B,N,C]
-            image0 = norm(image)
-            image_rope = self.rope(self.rc[None])
+        return torch.cat(parts, 1), turn
+
+    def through_blocks(self, x, at, mask, kvs):
+        """x [B, new, C] at places `at` [B, new, 2] -> alike; mask as in Block; kvs grow."""
         x0 = norm(x)
         rope = self.rope(at)
         for block, kv in zip(self.blocks, kvs):
-            if reading:
-                image = block(image, image0, image_rope, None, kv)
             x = block(x, x0, rope, mask, kv)
         return norm(x)
 
@@ -455,7 +441,8 @@ class UMM(nn.Module):
         total = turn.shape[1]
         order = torch.arange(total, device=turn.device)
         earlier = order <= order[done:, None]                                         # [new,T']
-        same = turn[:, done:, None] == turn[:, None, :]                               # [B,new,T']
+        mine = turn[:, done:, None]                                                   # [B,new,1]
+        same = mine == turn[:, None]                                                  # [B,new,T']
         see = same & earlier
         # Text stands on the diagonal beyond the picture, as far as the number of tokens that it sees
         seen = see.sum(-1)                                                            # [B,new]
@@ -464,7 +451,8 @@ class UMM(nn.Module):
         start = max(0, done - T)                             # first new code
         codes = total - T - start                            # how many are new
         if codes > 0:
-            at[:, -codes:] = self.rc[start:start + codes]    # a code stands where its source stands
+            end = start + codes
+            at[:, -codes:] = self.rc[start:end]              # a code stands where its source stands
         return see, at
 
     def forward(self, s: Sequence, hide=0.):
@@ -475,10 +463,12 @@ class UMM(nn.Module):
         if s.target is not None:
             asked = s.target >= 0                                                     # [B,T]
             if asked.any():
-                logits = self.text_head(x[:, :T][asked])                              # [targets,V]
+                states = x[:, :T][asked]                                              # [targets,C]
+                logits = self.text_head(states)                                       # [targets,V]
                 text = F.cross_entropy(logits.float(), s.target[asked])
         if s.codes is not None:
-            logits = self.pixel_head(x[:, T:]).flatten(0, 1)                          # [B*N,K]
+            states = x[:, T:].flatten(0, 1)                                           # [B*N,C]
+            logits = self.pixel_head(states)                                          # [B*N,K]
             pixel = F.cross_entropy(logits.float(), s.codes.flatten())
         return text, pixel
 
@@ -492,27 +482,24 @@ class UMM(nn.Module):
         without the text (Ho & Salimans 2022, eq. 6, g = 1 + w); 1 = off. -> tokens [B, n].
         """
         B = len(s.text)
-        N = len(self.rc)
-        guided = cfg != 1
         s = padded_in_front(s)
-        if guided:
+        if cfg != 1:
             s = with_and_without_text(s)                                              # 2B rows
-        copies = len(s.text) // B
         if first is None:
-            head, length = self.pixel_head, N
+            head, length = self.pixel_head, len(self.rc)
             s.codes = s.text[:, :0]                          # none is known yet
         else:
             head = self.text_head
-            s = continued(s, s.text.new_full((copies * B,), first))
-        most = N + s.text.shape[1] + length
-        kvs = [BufferedKV(copies * B, most, self.c, self.row) for _ in self.blocks]
+            opening = torch.full_like(s.text[:, 0], first)                            # [rows]
+            s = continued(s, opening)
+        kvs = [KV() for _ in self.blocks]
         tokens, done = [], 0
         ended = s.text.new_zeros(B, dtype=torch.bool)
         for _ in range(length):
             x = self.hidden(s, kvs, done)                                             # [rows,new,C]
             done += x.shape[1]
             logits = head(x[:, -1]).float()                                           # [rows,K or V]
-            if guided:
+            if cfg != 1:
                 c, u = logits.chunk(2)
                 logits = u + cfg * (c - u)                                            # [B,K or V]
             token = pick(logits, temperature, top_k, generator)                       # [B]
@@ -520,7 +507,7 @@ class UMM(nn.Module):
             ended = ended | (token == stop)
             if ended.all():
                 break
-            s = continued(s, token.repeat(copies))
+            s = continued(s, token.repeat(len(s.text) // B))
         return torch.stack(tokens, 1)                                                 # [B,n]
 
 
@@ -533,7 +520,7 @@ def padded_in_front(s: Sequence) -> Sequence:
     order = (place - padding) % T                                                     # [B,T]
     text = s.text.gather(1, order)
     turn = s.turn.gather(1, order)
-    return Sequence(text, turn, image=s.image)
+    return replace(s, text=text, turn=turn)
 
 
 def with_and_without_text(s: Sequence) -> Sequence:
@@ -544,18 +531,17 @@ def with_and_without_text(s: Sequence) -> Sequence:
     image = s.image
     if image is not None:
         image = torch.cat([image, image])
-    return Sequence(text, turn, image=image)
+    return replace(s, text=text, turn=turn, image=image)
 
 
 def continued(s: Sequence, token) -> Sequence:
     """The sequence with one more token [B], a code where codes are being drawn, else text."""
     token = token[:, None]                                                            # [B,1]
     if s.codes is not None:
-        codes = torch.cat([s.codes, token], 1)                                        # [B,n+1]
-        return Sequence(s.text, s.turn, image=s.image, codes=codes)
+        return replace(s, codes=torch.cat([s.codes, token], 1))                       # [B,n+1]
     text = torch.cat([s.text, token], 1)                                              # [B,T+1]
     turn = F.pad(s.turn, (0, 1), value=1)
-    return Sequence(text, turn, image=s.image)
+    return replace(s, text=text, turn=turn)
 
 
 def pick(logits, temperature: float, top_k: int, generator=None):
@@ -580,10 +566,12 @@ def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
 def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
     """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
     device = umm.row.device
-    asked = pack(text, [[(prompt, None)] for prompt in prompts], device=device)
     plan_temperature = 1. if temperature > 0 else 0.
+    rows = [[(prompt, None)] for prompt in prompts]
+    asked = pack(text, rows, device=device)
     plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=plan_temperature)
-    planned = pack(text, [[turn] for turn in zip(prompts, plans)], device=device)
+    rows = [[turn] for turn in zip(prompts, plans)]        # packed again: as training lays it out
+    planned = pack(text, rows, device=device)
     how = dict(how, generator=generator, temperature=temperature, top_k=top_k)
     return umm.generate(planned, **how), plans
 
@@ -600,51 +588,32 @@ def save(path, tensors: dict, meta: dict):
                         'The previous file, if any, is untouched')
 
 
-def state_of(tok: VQTokenizer, umm: UMM) -> dict:
-    """All tensors of both networks by the names that a checkpoint gives them."""
-    tensors = {}
-    for name, network in (('tokenizer', tok), ('umm', umm)):
-        for key, tensor in network.state_dict().items():
-            tensors[f'{name}.{key}'] = tensor
-    return tensors
+def both(tok, umm) -> nn.ModuleDict:
+    """The two networks as one: a checkpoint names its tensors tokenizer.* and umm.*"""
+    return nn.ModuleDict({'tokenizer': tok, 'umm': umm})
 
 
-def check_fields(settings):
-    """ValueError for a value out of the bounds that its field states."""
-    for f in fields(settings):
-        meta = f.metadata
-        if not meta:
-            continue
-        name = f.name
-        value = getattr(settings, name)
-        least, most = meta['least'], meta['most']
-        one_of = meta['one_of']
+def check_config(c: Config):
+    """ValueError for what no network here can have: values out of the bounds that their fields state,
+    or that do not fit each other. They may come from a stranger's file."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        least, most = f.metadata['least'], f.metadata['most']
+        one_of = f.metadata['one_of']
+        if type(value) is not type(f.default):
+            raise ValueError(f'{f.name} is {value!r:.40}')
         if one_of and value not in one_of:
-            raise ValueError(f"{name} is {value!r:.40}: choose one of {', '.join(one_of)}")
+            names = ', '.join(one_of)
+            raise ValueError(f'{f.name} is {value!r:.40}: choose one of {names}')
         if type(value) in (int, float) and not least <= value <= most:
-            raise ValueError(f'{name} is {value}: it must be from {least} to {most}')
-
-
-def check_together(c: Config):
-    """ValueError for values that do not fit each other."""
-    for name, unit in (('size', c.patch), ('vq_width', 8), ('n_embd', 4 * c.n_head)):
+            raise ValueError(f'{f.name} is {value}: it must be from {least} to {most}')
+    units = {'size': c.patch, 'vq_width': 8, 'n_embd': 4 * c.n_head}
+    for name, unit in units.items():
         value = getattr(c, name)
         if value % unit:
             raise ValueError(f'{name} is {value}: it must be a multiple of {unit}')
     if c.quantizer == 'fsq' and c.codebook.bit_count() != 1:
         raise ValueError(f'codebook is {c.codebook}: it must be a power of 2 for fsq')
-
-
-def check_config(c: Config, text: Text):
-    """ValueError for a Config that no network here can have: it may come from a stranger's file."""
-    for f in fields(Config):
-        value = getattr(c, f.name)
-        if type(value) is not type(f.default):
-            raise ValueError(f'{f.name} is {value!r:.40}')
-    if c.vocab != text.size:
-        raise ValueError(f'vocab is {c.vocab}, there are {text.size} tokens')
-    check_fields(c)
-    check_together(c)
 
 
 def read_checkpoint(path):
@@ -655,8 +624,10 @@ def read_checkpoint(path):
     for key, kind in (('step', int), ('lines', int), ('settings', dict)):
         if type(meta[key]) is not kind:
             raise TypeError(f'{key} is {meta[key]!r:.40}')
+    c = Config(**meta['config'])
+    check_config(c)
     tokens = [bytes.fromhex(t) for t in meta['text']]
-    return Config(**meta['config']), Text(tokens), tensors, meta
+    return c, Text(tokens), tensors, meta
 
 
 def load(path, device='cpu'):
@@ -668,20 +639,17 @@ def load(path, device='cpu'):
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         why = f'{type(e).__name__}: {str(e)[:80]}'
         raise UserError(f'{path} is not a whole nanoUMM checkpoint ({why}); train again or copy it anew')
-    try:
-        check_config(c, text)
-    except ValueError as e:
-        raise UserError(f'{path} has an impossible config: {e}; train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
-        wanted = state_of(VQTokenizer(c), UMM(c))
+        networks = both(VQTokenizer(c), UMM(c, text.size))
+    wanted = networks.state_dict()
     for name, want in wanted.items():
         found = tensors.get(name, torch.empty(0))
         alike = found.shape == want.shape and found.dtype == want.dtype
         if not alike or not found.isfinite().all():
             raise UserError(f'{path}: tensor {name} is missing, misshapen or not finite; train again')
-    tok, umm = VQTokenizer(c), UMM(c)
-    for name, place in state_of(tok, umm).items():
-        place.copy_(tensors[name])
-    tok.to(device).eval()
-    umm.to(device).eval()
+    tok = VQTokenizer(c)
+    umm = UMM(c, text.size)
+    networks = both(tok, umm)
+    networks.load_state_dict(tensors, strict=False)          # an optimizer's tensors are not theirs
+    networks.to(device).eval()
     return tok, umm, text, tensors, meta

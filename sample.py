@@ -34,13 +34,6 @@ TASKS = {                      # name: (what it does, the map it generates or No
 for _name in MAPS:             # the other maps under their own names
     if _name != 'seg':
         TASKS[_name] = (f'generate this map of it (trained with --proxy {_name})', _name)
-BOUNDS = {                     # of flags
-    'n': (1, 256),
-    'seed': (0, 2**62),
-    'temperature': (0, 100),
-    'cfg': (0, 100),
-    'top_k': (0, 2**18),
-}
 LINE = 13                      # height of a line of text in pixels
 LETTERS = 21                   # in a line under a picture
 
@@ -123,7 +116,6 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     drawings of the texts below them; input pictures; the maps that the model generated; the true maps,
     and a question about each picture with the model's answer. Wrong answers have the true one behind."""
     scenes, r, rng = world.scenes('val', 'samples', 0, n)
-    image = umm.inputs(tok, r.image)                           # as the model reads them
     rows, notes = [], []                                       # what stands under each row
     if world.captions:
         texts = captions_of(world, scenes, rng)
@@ -136,30 +128,36 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     notes.append([])
     if 'seg' in world.maps:
         s, target, _ = world.maps_to_draw('val', 0, n, 'seg', stream='samples')
-        s.image = image                                        # of the same stream: the same scenes
         rows.append(tok.decode(umm.generate(s, temperature=0)))
         rows.append(target)
         notes += [[], []]
     if world.kinds:                                            # under the last row
-        notes[-1] = answers_to(umm, world, scenes, image, rng)
+        notes[-1] = answers_to(umm, world, scenes, r.image, rng)
     return grid(rows, notes)
 
 
 # ---- command line ----
-def arguments(task: str) -> list:
-    """[(flag, default, help)] of a task. Drawing samples, with guidance: one caption has many pictures.
-    Answers and maps are the likeliest ones: each has one right form."""
-    drawing = task == 'draw'
-    return [
-        ('n', 4 if drawing else 1, 'samples'),
-        ('seed', 0, 'of the sampling'),
-        ('cfg', 2. if drawing else 1., 'classifier-free guidance scale, 1 = off'),
-        ('temperature', .7 if drawing else 0., '0 = greedy'),
-        ('top_k', 64, 'sample from that many likeliest tokens, 0 = all'),
-        ('out', f'{task}.png', 'PNG to write, where the answer is a picture'),
-        ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/'),
-        ('device', 'auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu'),
-    ]
+FLAGS = [                      # (name, default, help); the type of the default is that of the flag
+    ('n', 1, 'samples'),
+    ('seed', 0, 'of the sampling'),
+    ('cfg', 1., 'classifier-free guidance scale, 1 = off'),
+    ('temperature', 0., '0 = greedy'),
+    ('top_k', 64, 'sample from that many likeliest tokens, 0 = all'),
+    ('out', '', 'PNG to write, where the answer is a picture'),
+    ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/'),
+    ('device', 'auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu'),
+]
+# Drawing samples, with guidance: one caption has many pictures. Answers and maps are the likeliest ones:
+# each has one right form.
+DRAWING = {'n': 4, 'cfg': 2., 'temperature': .7}
+# What is outside of these is refused before anything is loaded.
+BOUNDS = {
+    'n': (1, 256),
+    'seed': (0, 2**62),
+    'temperature': (0, 100),
+    'cfg': (0, 100),
+    'top_k': (0, 2**18),
+}
 
 
 def parse(argv=None):
@@ -172,11 +170,13 @@ def parse(argv=None):
         if task != 'draw':
             q.add_argument('image', help='PNG or JPEG file')
         if task in ('draw', 'ask'):
-            q.add_argument('text', help='what to draw' if task == 'draw' else 'question')
-        # the type of the default is the type of the flag
-        for name, default, text in arguments(task):
+            q.add_argument('text', help='what to draw, or the question')
+        for name, default, text in FLAGS:
             q.add_argument(f'--{name}', type=type(default), default=default,
-                           help=f'{text} (default {default!r})')
+                           help=f'{text} (default %(default)r)')
+        q.set_defaults(out=f'{task}.png')
+        if task == 'draw':
+            q.set_defaults(**DRAWING)
     a = p.parse_args(argv)
     for name, (low, high) in BOUNDS.items():
         value = getattr(a, name)
@@ -187,11 +187,10 @@ def parse(argv=None):
 
 def newest_checkpoint() -> Path:
     """Of the runs in the folder out/ of where the program was started."""
-    # sorted by time, the newest last
-    found = sorted(Path('out').glob('*/model.safetensors'), key=os.path.getmtime)
+    found = list(Path('out').glob('*/model.safetensors'))
     if not found:
         raise UserError('no checkpoint under out/: make one with `python train.py` or name --checkpoint')
-    return found[-1]
+    return max(found, key=os.path.getmtime)
 
 
 def prompt_of(a, text: data.Text) -> str:
@@ -223,16 +222,11 @@ def save_picture(canvas: Image.Image, path: str):
 
 def in_a_square(pictures) -> Image.Image:
     """[n, 3, S, S] beside and below each other, each at least 256 pixels wide."""
-    n = len(pictures)
+    columns = math.ceil(len(pictures) ** .5)                   # as many rows, or one less
+    rows = pictures.split(columns)
     # as large as they are, or enlarged
-    side = max(256, pictures.shape[-1])
-    columns = math.ceil(n ** .5)                               # as many rows, or one less
-    canvas = Image.new('RGB', (columns * side, math.ceil(n / columns) * side))
-    for i, x in enumerate(pictures):
-        left = i % columns * side
-        top = i // columns * side
-        canvas.paste(as_picture(x, side), (left, top))
-    return canvas
+    scale = math.ceil(256 / pictures.shape[-1])
+    return grid(rows, scale=scale, gap=0)
 
 
 @torch.no_grad()
@@ -257,7 +251,7 @@ def main(argv=None):
         pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
         x = read_image(a.image, umm.c.size).to(device)[None] / 255                    # [1,3,S,S]
-        image = umm.inputs(tok, x.repeat(a.n, 1, 1, 1))
+        image = x.repeat(a.n, 1, 1, 1)                                                # [n,3,S,S]
         s = data.pack(text, [[(words, None)] for words in prompts], image, device)
         if a.task in ('ask', 'caption'):
             for answer in write(umm, text, s, 64, **how):

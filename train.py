@@ -43,8 +43,7 @@ import eval as evaluation
 import sample
 from data import MAPS, UserError
 from folder import open_world
-from model import (UMM, Config, VQTokenizer, check_fields, check_together, load, save, setting,
-                   state_of)
+from model import UMM, Config, VQTokenizer, both, check_config, load, save, setting
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 DONE = 'done'                  # the stage of a run that has finished all of them
@@ -65,7 +64,8 @@ RANKS = int(os.environ['WORLD_SIZE']) if SEVERAL else 1
 class Settings(Config):
     """The command line: each field, those of Config too, is a flag. Defaults are the cpu preset's."""
     # -- the run
-    preset: str = setting('cpu', 'cpu: small, for a GPU too; gpu: larger, not measured yet; test: tiny')
+    preset: str = setting('cpu', 'cpu: small, for a GPU too; gpu: larger, not measured yet; test: tiny',
+                          one_of=('cpu', 'gpu', 'test'))
     out: str = setting('', 'run folder; when not given: out/<preset>')
     resume: bool = setting(False, 'go on with the run in the folder')
     overwrite: bool = setting(False, 'throw away the run in the folder')
@@ -99,13 +99,8 @@ class Settings(Config):
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
     muon_lr: float = setting(.02, 'Muon learning rate: hidden matrices, all stages', least=1e-12)
-    warmup: float = setting(.02, 'share of a stage in which the learning rate rises', most=1)
-    cooldown: float = setting(.4, 'share of a stage, at its end, in which it falls', most=1)
-    pre_cooldown: float = setting(.1, 'the same for pretrain, which another stage follows', most=1)
-    clip: float = setting(1., 'largest norm of the gradient', least=1e-12)
     # -- what the losses count
-    w_text: float = setting(1., 'weight of the mean loss of answers about pictures')
-    pre_w_text: float = setting(.1, 'the same in the pretrain stage, where it slows drawing')
+    w_text: float = setting(1., 'weight of the mean loss of answers about pictures, post-training')
     w_draw: float = setting(.4, 'weight of the mean loss of drawings, post-training; of plans: 1')
     w_proxy: float = setting(.6, 'weight of the mean loss of maps')
     # -- how maps and drawings are taught
@@ -137,12 +132,10 @@ PRESETS = {
 
 def parse(argv=None) -> Settings:
     """Of a command line -> checked settings: defaults, changed by the preset, changed by flags. Every
-    field of Settings with metadata is a flag: to add a setting, add a field."""
+    field of Settings is a flag: to add a setting, add a field."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        if not f.metadata:                                     # vocab follows from the data
-            continue
         names = [f'--{f.name}']
         if '_' in f.name:
             names.append('--' + f.name.replace('_', '-'))      # both spellings
@@ -156,9 +149,7 @@ def parse(argv=None) -> Settings:
     typed = vars(p.parse_args(argv))
     given = {name: value for name, value in typed.items() if value is not None}
     preset = given.get('preset', 'cpu')
-    if preset not in PRESETS:
-        raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    values = {'out': f'out/{preset}', **PRESETS[preset], **given}
+    values = {'out': f'out/{preset}', **PRESETS.get(preset, {}), **given}
     s = Settings(**values)
     check(s)
     return s
@@ -167,8 +158,7 @@ def parse(argv=None) -> Settings:
 def check(s: Settings):
     """UserError for impossible settings, before anything is written."""
     try:
-        check_fields(s)
-        check_together(s)
+        check_config(s)
     except ValueError as e:
         raise UserError(f'--{e}')
     if s.init and s.until != 'posttrain':
@@ -207,8 +197,11 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon always computes in bfloat16, 100 times slower than float32 on a CPU without bfloat16
     units; this one keeps the type of the weights. Of a convolution all axes but the first are one."""
 
-    def __init__(self, params, lr, momentum=.95, decay=.1):
-        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+    MOMENTUM = .95
+    DECAY = .1
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
@@ -219,8 +212,8 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 m = state.setdefault('momentum', torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp(m, group['momentum'])     # Nesterov
+                m.lerp_(p.grad, 1 - self.MOMENTUM)
+                update = p.grad.lerp(m, self.MOMENTUM)     # Nesterov
                 same = by_shape.setdefault(p.shape, [])
                 same.append((p, update.flatten(1)))                                   # [a,b]
             lr = group['lr']
@@ -230,7 +223,7 @@ class Muon(torch.optim.Optimizer):
                 a, b = U.shape[1:]
                 size = lr * max(1, a / b) ** .5                # an output moves as far at any shape
                 for (p, _), u in zip(same, U):
-                    p.mul_(1 - lr * group['decay'])
+                    p.mul_(1 - lr * self.DECAY)
                     p.add_(u.view_as(p), alpha=-size)
 
 
@@ -297,13 +290,11 @@ def average_gradients(model, stop: bool) -> bool:
         parts.append(p.grad.flatten())
     flat = torch.cat([*parts, told])                           # all in one: one message a step
     together(dist.all_reduce, flat)
-    flat = flat / RANKS
-    start = 0
-    for p in params:
-        mean = flat[start:start + p.numel()]
+    sizes = [p.numel() for p in params]
+    *means, told = (flat / RANKS).split([*sizes, 1])
+    for p, mean in zip(params, means):
         p.grad.copy_(mean.view_as(p))
-        start += p.numel()
-    return bool(flat[-1] > 0)
+    return bool(told > 0)
 
 
 # ---- what an experiment may change about the maps, to find out what it is that they teach ----
@@ -377,11 +368,10 @@ class Run:
         if not s.resume and not s.init:
             for name in WRITTEN:                               # nothing of an older run stays beside it
                 (self.dir / name).unlink(missing_ok=True)
-            s.vocab = self.world.text.size
             c = Config(**{f.name: getattr(s, f.name) for f in fields(Config)})
             torch.manual_seed(s.seed)
             self.tok = VQTokenizer(c).to(device)
-            self.umm = UMM(c).to(device)
+            self.umm = UMM(c, self.world.text.size).to(device)
         self.tok.to(memory_format=torch.channels_last)         # faster convolutions
 
     def resume(self, state: Path):
@@ -391,15 +381,13 @@ class Run:
             raise UserError(f'nothing to resume: there is no {state}; leave out --resume to start')
         self.tok, self.umm, text, self.saved, meta = load(state, self.device)
         self.stage, self.step = meta['stage'], meta['step']
-        if self.stage not in (*STAGES, DONE):
-            raise UserError(f'{state} is of stage {self.stage!r:.30}, not of {STAGES}: train again')
         old = meta['settings']
         if s.dtype == 'auto':                  # what was chosen when the run began: the same bits
             s.dtype = old['dtype']
         if s.threads == 0:
             s.threads = old['threads']
         # these may differ from one start to the next
-        free = ('resume', 'overwrite', 'out', 'device', 'threads', 'until', 'vocab')
+        free = ('resume', 'overwrite', 'out', 'device', 'threads', 'until')
         for name, value in vars(s).items():
             if name not in free and old.get(name) != value:
                 raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
@@ -410,11 +398,10 @@ class Run:
         """Post-train another run's model -> text tokens. Its architecture must be the one asked for."""
         self.tok, self.umm, text, _, _ = load(path, self.device)
         self.stage = 'posttrain'                               # its first two stages are done
-        for f in fields(Config):
-            theirs = getattr(self.umm.c, f.name)
-            ours = getattr(self.s, f.name)
-            if f.name != 'vocab' and theirs != ours:
-                raise UserError(f'--{f.name} is {ours!r}, but {path} was made with {theirs!r}')
+        for name, theirs in vars(self.umm.c).items():
+            ours = getattr(self.s, name)
+            if theirs != ours:
+                raise UserError(f'--{name} is {ours!r}, but {path} was made with {theirs!r}')
         return text
 
     def open_data(self, text):
@@ -449,7 +436,7 @@ class Run:
         """Weights, and with `opts` the optimizers' state: enough to sample, to evaluate or to resume."""
         if RANK > 0:
             return
-        tensors = state_of(self.tok, self.umm)
+        tensors = both(self.tok, self.umm).state_dict()
         # of each optimizer i and its parameter j: momentum, averages, count of steps
         for i, optimizer in enumerate(opts):
             for j, state in optimizer.state_dict()['state'].items():
@@ -477,12 +464,6 @@ class Run:
             like = p if tensor.shape == p.shape else tensor    # a count of steps has no layout
             mine = torch.empty_like(like, device=p.device)
             optimizer.state[p][key] = mine.copy_(tensor)
-
-    def guess(self, loss: str) -> float:
-        """The loss of a uniform guess in nats, of text or of codes."""
-        if loss in ('text', 'plan'):
-            return math.log(self.umm.c.vocab)
-        return math.log(self.umm.c.codebook)
 
 
 # ---- how fast this machine is, and in what ----
@@ -535,41 +516,23 @@ def settle(run: Run):
     s.dtype, s.threads = best
     torch.set_num_threads(s.threads)
     print(f'device: {run.device}, {s.dtype}, CPU threads: {s.threads} ({why})')
-    if run.device.type == 'cuda':
-        most = torch.cuda.max_memory_allocated() / 1e9
-        print(f'memory of a step: {most:.1f} GB')
 
 
 class Pace:
-    """The seconds of a stage's steps, to notice when something else has begun to use the machine. The
-    later part of post-training asks more and takes longer, but not twice as long."""
+    """Notices when something else has begun to use the machine. The later part of post-training asks
+    more and takes longer, but not twice as long."""
 
     def __init__(self):
-        self.recent = []                                       # since the last look
-        self.best = math.inf                                   # mean of the fastest look so far
+        self.best = math.inf                                   # seconds of the fastest steps so far
         self.warned = False
 
-    def start(self):
-        """A step begins."""
-        self.begin = time.perf_counter()
-
-    def stop(self):
-        """It has ended."""
-        self.recent.append(time.perf_counter() - self.begin)
-
-    def look(self) -> float:
-        """Mean seconds of the steps since the last look."""
-        self.mean = sum(self.recent) / len(self.recent)
-        self.before, self.recent = self.best, []
-        self.best = min(self.best, self.mean)
-        return self.mean
-
-    def warning(self, threads: int) -> str:
-        """What to say, once, when the steps last looked at took twice as long as those before."""
-        if self.warned or self.mean < 2 * self.before:
+    def warning(self, seconds: float, threads: int) -> str:
+        """What to say, once, when steps take `seconds` on average, twice as long as before."""
+        times = seconds / self.best
+        self.best = min(self.best, seconds)
+        if self.warned or times < 2:
             return ''
         self.warned = True
-        times = self.mean / self.before
         text = f'steps take {times:.1f} times as long as before: is the machine busy?'
         if threads > 1:
             text += ' Until it is quiet, stop and --resume --threads 1 is faster (other last bits)'
@@ -577,6 +540,11 @@ class Pace:
 
 
 # ---- the loop ----
+CLIP = 1.                      # largest norm of the gradient
+WARMUP = .02                   # share of a stage in which the learning rate rises
+COOLDOWN = {'tokenizer': .4, 'pretrain': .1, 'posttrain': .4}          # share in which it falls
+
+
 def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: int, look):
     """The one training loop.
 
@@ -589,42 +557,44 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     if run.stage != stage:
         return                                                 # done before the interruption
     opts = optimizers(model.train(), lr, s.muon_lr)
-    first = run.step
-    pace, begin = Pace(), time.time()
-    if first > 0:                                              # resumed in the middle of this stage
+    if run.step > 0:                                           # resumed in the middle of this stage
         run.restore(opts)
+    pace, spent, begin = Pace(), [], time.time()
     quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
-    bar = tqdm(range(first, steps), stage, initial=first, total=steps, smoothing=.05,
+    bar = tqdm(range(run.step, steps), stage, initial=run.step, total=steps, smoothing=.05,
                dynamic_ncols=True, disable=quiet)
     for step in bar:
         done = step + 1
-        pace.start()
-        torch.manual_seed(random_key(s.seed, stage, step))
+        start = time.perf_counter()
+        # for what is drawn beside the data: which vectors replace dead codes
+        torch.manual_seed(data.generator(s.seed, 'train', stage, step).initial_seed())
         # forward and backward
         losses = loss_of(step)
         losses['loss'].backward()
         if SEVERAL:
             run.stop = average_gradients(model, run.stop)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         if not norm.isfinite():                                # no step is taken with it
-            values = {k: v.item() for k, v in losses.items()}
-            raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate; '
-                            f'{values}. Last good state: {s.out}')
+            raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate. '
+                            f'Last good state: {s.out}')
         # the optimizers' step
-        rate = schedule(s, stage, step, steps)
+        rate = schedule(stage, step, steps)
         for optimizer in opts:
             optimizer.param_groups[0]['lr'] = optimizer.defaults['lr'] * rate
             optimizer.step()
         model.zero_grad()
-        pace.stop()
+        spent.append(time.perf_counter() - start)
         # tell, show and save
         if done % s.log_every == 0 or done == steps:
             shown = {k: round(v.item(), 4) for k, v in losses.items()}
             bar.set_postfix(shown, refresh=False)
-            seconds = pace.look()
+            seconds = sum(spent) / len(spent)                  # a step since the last line
+            spent.clear()
             run.log(stage=stage, step=done, **shown, norm=norm.item(), lr=lr * rate,
                     seconds=time.time() - begin, pictures_per_second=pictures / seconds)
-            warn(run, stage, done, shown, pace, warm=done > s.warmup * steps)
+            busy = pace.warning(seconds, s.threads)
+            if busy:
+                tqdm.write(f'warning: {stage} {done}: {busy}')
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
             show(run, stage, done, model, look)
         if done < steps and (done % s.save_every == 0 or run.stop):
@@ -637,29 +607,12 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     run.save('state.safetensors', run.stage, run.step)
 
 
-def random_key(seed: int, stage: str, step: int) -> int:
-    """Of the step's random draws beside the data's: which vectors replace dead codes."""
-    return data.generator(seed, 'train', stage, step).initial_seed()
-
-
-def schedule(s: Settings, stage: str, step: int, steps: int) -> float:
+def schedule(stage: str, step: int, steps: int) -> float:
     """Share of the learning rate: it rises, stays, and falls to zero. Falling slowly, it settles what is
     half learned; a stage that another one follows need not settle."""
-    cooldown = s.pre_cooldown if stage == 'pretrain' else s.cooldown
-    rise = (step + 1) / max(1, s.warmup * steps)               # above 1 after the warmup
-    fall = (steps - step) / max(1, cooldown * steps)           # below 1 in the cooldown
+    rise = (step + 1) / max(1, WARMUP * steps)                 # above 1 after the warmup
+    fall = (steps - step) / max(1, COOLDOWN[stage] * steps)    # below 1 in the cooldown
     return min(1, rise, fall)
-
-
-def warn(run: Run, stage: str, done: int, losses: dict, pace: Pace, warm: bool):
-    """Say what looks wrong: losses above a guess once the learning rate has risen, slow steps."""
-    for name, value in losses.items():
-        guessed = name in ('text', 'plan', 'draw', run.s.proxy)        # losses in nats
-        if warm and guessed and value > run.guess(name):
-            tqdm.write(f'warning: {stage} {done}: {name} is worse than a uniform guess')
-    busy = pace.warning(run.s.threads)
-    if busy:
-        tqdm.write(f'warning: {stage} {done}: {busy}')
 
 
 def show(run: Run, stage: str, done: int, model, look):
@@ -688,8 +641,7 @@ def train_tokenizer(run: Run):
     one by its size; no adversary and no other network judges the pictures."""
     s, tok, world = run.s, run.tok, run.world
     B = my_share(s.tok_batch)
-    # what a restoration generates is the picture: nothing new
-    kinds = [name for name in world.targets if name != 'recon']
+    kinds = [name for name in world.maps if name != 'recon']
     masks = 'seg' if 'seg' in kinds else kinds[0]
 
     def loss_of(step):
@@ -713,7 +665,7 @@ def train_tokenizer(run: Run):
     def look():
         _, r, _ = world.scenes('val', 'samples', 0, 8)
         rows = []                                              # each kind, and what it becomes
-        for name in world.targets:
+        for name in world.maps:
             x = MAPS[name].draw(r)
             rows += [x, tok.decode(tok.encode(x))]
         return evaluation.tokenizer(tok, world, 128, 'val'), sample.grid(rows)
@@ -725,8 +677,6 @@ def train_tokenizer(run: Run):
 def losses_of(run: Run, seq, target=None, hide=0.):
     """(text loss, pixel loss) of a batch; target: the pictures to generate, [B, 3, S, S]; hide: share of
     them that does not see its earlier codes."""
-    if seq.image is not None:
-        seq.image = run.umm.inputs(run.tok, seq.image)
     if target is not None:
         seq.codes = run.tok.encode(target)
     half = run.s.dtype == 'bfloat16'
@@ -734,9 +684,9 @@ def losses_of(run: Run, seq, target=None, hide=0.):
         return run.umm(seq, hide)
 
 
-def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w_draw=1., late=False):
-    """Mean losses of a step: `ask` pictures with questions, `draw` texts to draw, `maps` pictures with
-    maps. What nothing is known of is left out; late: ask more, mostly to find things.
+def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., late=False):
+    """Mean losses of a step: `n_ask` pictures with questions, `n_draw` texts to draw, `n_maps` pictures
+    with maps. What nothing is known of is left out; late: ask more, mostly to find things.
 
     Each loss is a mean over its own tokens, in nats, and has its own weight: 64 codes of a picture do
     not drown three words of an answer. All of them go through one pass of the optimizer."""
@@ -744,20 +694,20 @@ def umm_losses(run: Run, step: int, ask: int, draw: int, maps: int, w_text=1., w
     index = my_index(step)
     out = {}
 
-    if ask:
+    if n_ask:
         # questions and captions about pictures
         Q, kinds = s.questions, world.asked
         if late:
             Q, kinds = s.late_questions, world.asked_late
-        seq, _ = world.questions('train', index, my_share(ask), Q, kinds=kinds)
+        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=kinds)
         out['text'], _ = losses_of(run, seq)
-    if draw and world.captions:
+    if n_draw and world.captions:
         # pictures from captions
-        seq, target = world.drawings('train', index, my_share(draw), s.drop)
+        seq, target = world.drawings('train', index, my_share(n_draw), s.drop)
         out['plan'], out['draw'] = losses_of(run, seq, target)
-    if maps:
+    if n_maps:
         # maps of pictures
-        seq, target, r = world.maps_to_draw('train', index, my_share(maps), s.proxy)
+        seq, target, r = world.maps_to_draw('train', index, my_share(n_maps), s.proxy)
         out[s.proxy] = run.control.map_loss(run, index, seq, target, r)
     weights = {'text': w_text, 'plan': 1., 'draw': w_draw, s.proxy: s.w_proxy}
     losses = {'loss': 0 * umm.source.sum()}                    # if nothing is known of these pictures
@@ -783,7 +733,7 @@ def pretrain(run: Run):
     pictures = s.pre_ask + s.pre_draw                          # in a step
 
     def loss_of(step):
-        return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, s.pre_w_text)
+        return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, w_text=.1)      # it slows drawing
 
     loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, pictures, lambda: look_at_umm(run))
 
@@ -822,11 +772,11 @@ def main(argv=None):
         join(device)
     run = Run(s, device)
     settle(run)
-    sizes = []
-    for network in (run.tok, run.umm):
-        sizes.append(sum(p.numel() for p in network.parameters()) / 1e6)
-    print('parameters: tokenizer {:.2f} M, UMM {:.2f} M; a uniform guess: {:.2f} nats a text token, '
-          '{:.2f} a code'.format(*sizes, run.guess('text'), run.guess('draw')))
+    for name, network in both(run.tok, run.umm).items():
+        millions = sum(p.numel() for p in network.parameters()) / 1e6
+        print(f'{name}: {millions:.2f} M parameters')
+    print('a uniform guess: {:.2f} nats a text token, {:.2f} a code'.format(
+        math.log(run.world.text.size), math.log(s.codebook)))
 
     def stop(number, _):
         """Ctrl-C or SIGTERM: the loop saves after the step at hand and ends."""
@@ -859,22 +809,19 @@ def finish(run: Run, begin: float):
     everything: data, sample pictures, the evaluation."""
     s = run.s
     run.save('model.safetensors', run.stage, 0)
-    umm = run.umm
-    if run.stage == 'pretrain':                                # comes next: it is not trained yet
-        umm = None
+    # what comes next is not trained yet
+    umm = None if run.stage == 'pretrain' else run.umm
     scores = evaluation.evaluate(umm, run.tok, run.world, s.eval_n, s.cfg)
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
-    since = ' since --resume' if s.resume else ''
-    print(f"\n{scores['minutes']:.1f} minutes{since}")
-    checkpoint = run.dir / 'model.safetensors'
-    if umm is None:
-        print(f'python sample.py reconstruct PICTURE --checkpoint {checkpoint}')
-        return
-    samples = sample.picture(umm, run.tok, run.world, s.cfg)
-    samples.save(run.dir / 'samples.png')
-    print(f'Look at {run.dir}/samples.png, then:\n'
-          f'python sample.py draw "{run.world.example}" --n 1 --checkpoint {checkpoint}')
+    print(f"\n{scores['minutes']:.1f} minutes since this start")
+    task = 'reconstruct PICTURE'
+    if umm:
+        samples = sample.picture(umm, run.tok, run.world, s.cfg)
+        samples.save(run.dir / 'samples.png')
+        task = f'draw "{run.world.example}" --n 1'
+    print(f'Look at the pictures in {run.dir}, then:\n'
+          f'python sample.py {task} --checkpoint {run.dir}/model.safetensors')
 
 
 if __name__ == '__main__':

@@ -155,7 +155,7 @@ def llama(c: Config):
     """transformers' Llama, as large as a UMM of that Config."""
     from transformers import LlamaConfig, LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab, hidden_size=c.n_embd, intermediate_size=round(8 / 3 * c.n_embd / 16) * 16,
+        vocab_size=V, hidden_size=c.n_embd, intermediate_size=round(8 / 3 * c.n_embd / 16) * 16,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
         max_position_embeddings=2 * T, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
         pad_token_id=0, attn_implementation='sdpa'))
@@ -167,7 +167,7 @@ def x_transformer(c: Config, length: int):
     layers = Decoder(
         dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head,
         rotary_pos_emb=True, attn_flash=True)
-    return TransformerWrapper(num_tokens=c.vocab, max_seq_len=length, attn_layers=layers)
+    return TransformerWrapper(num_tokens=V, max_seq_len=length, attn_layers=layers)
 
 
 def nanogpt(c: Config, length: int, folder: str):
@@ -179,14 +179,14 @@ def nanogpt(c: Config, length: int, folder: str):
     sys.modules['nanogpt'] = gpt
     spec.loader.exec_module(gpt)
     return gpt.GPT(gpt.GPTConfig(
-        block_size=length, vocab_size=c.vocab, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+        block_size=length, vocab_size=V, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
         dropout=0., bias=False))
 
 
 def training(report: Report, rounds: int, a, what: str, c: Config, batch: int, length: int):
     """A step on sequences of that many tokens, all predicted; in bfloat16 too, where that is not
     emulated."""
-    ids = torch.randint(c.vocab, (batch, length + 1))
+    ids = torch.randint(V, (batch, length + 1))
     x = ids[:, :-1].contiguous()
     y = ids[:, 1:].contiguous()
     s = Sequence(x, torch.ones_like(x), y)
@@ -201,7 +201,7 @@ def training(report: Report, rounds: int, a, what: str, c: Config, batch: int, l
     def cross_entropy(logits):
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    umm, with_muon = UMM(c), UMM(c)
+    umm, with_muon = UMM(c, V), UMM(c, V)
     add('nanoUMM', lambda: umm(s)[0], adam(umm))               # equal work
     add('nanoUMM, Muon', lambda: with_muon(s)[0], train.optimizers(with_muon, 2e-3, .02))
     with peer('transformers'):
@@ -281,13 +281,13 @@ def janus():
 
 
 def large() -> Config:
-    return Config(vocab=V, codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
+    return Config(codebook=V, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, size=64)
 
 
 def generation(report: Report, rounds: int):
     """256 codes after 64 text tokens, with a cache, sampled."""
     c = large()
-    umm = UMM(c).eval()
+    umm = UMM(c, V).eval()
     for batch in (1, 16):
         x = torch.randint(V, (batch, T - 256))
         ones = torch.ones_like(x)
@@ -372,7 +372,7 @@ def growth(report: Report, rounds: int):
         shown = []
         for value in values:
             how = {'T': 128, 'B': 4, 'C': 128, 'n_layer': 4, key: value}
-            umm = UMM(Config(vocab=V, n_layer=how['n_layer'], n_head=4, n_embd=how['C']))
+            umm = UMM(Config(n_layer=how['n_layer'], n_head=4, n_embd=how['C']), V)
             x = torch.randint(V, (how['B'], how['T']))
             s = Sequence(x, torch.ones_like(x), x)
             step = stepper(lambda: umm(s)[0], train.optimizers(umm, 2e-3, .02))
@@ -386,7 +386,7 @@ def growth(report: Report, rounds: int):
     for size in (32, 64, 96):
         c = large()
         c.size = size
-        umm = UMM(c).eval()
+        umm = UMM(c, V).eval()
         N = len(umm.rc)
         spent = seconds(lambda: umm.generate(s), rounds)
         shown.append(f'{N} codes: {1e3 * spent / N:.2f} ms each')

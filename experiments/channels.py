@@ -66,7 +66,7 @@ def readout(run, index: int, seq, target, r):
     umm = run.umm
     codes = run.tok.encode(target)                                                    # [B,N]
     with half(run):
-        x = umm.embed_image(umm.inputs(run.tok, seq.image))                           # [B,N,C]
+        x = umm.embed_image(seq.image)                                                # [B,N,C]
         x0 = norm(x)
         rope = umm.rope(umm.rc[None])
         for block in umm.blocks:
@@ -100,7 +100,7 @@ def logits_of_masked(run, seq, codes, hidden, both_sides=True):
         see[:, T:, T:] = True
     see = F.pad(see, (N, 0), value=True)                                              # [B,T+N,N+T+N]
     with half(run):
-        image = umm.embed_image(umm.inputs(run.tok, seq.image))                       # [B,N,C]
+        image = umm.embed_image(seq.image)                                            # [B,N,C]
         text = umm.embed_text(seq.text, seq.turn)                                     # [B,T,C]
         x = torch.cat([text, umm.code_embed(shown) + umm.position()], 1)              # [B,T+N,C]
         mask = torch.where(see, 0., -1e4).to(x.dtype)[:, None]                        # [B,1,T+N,N+T+N]

@@ -37,10 +37,10 @@ def losses(run: Path):
         raise UserError('losses.png needs matplotlib: pip install matplotlib')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    _, umm, _, _, meta = model.load(run / 'model.safetensors')
+    _, umm, text, _, meta = model.load(run / 'model.safetensors')
     s = meta['settings']
     lines = read_log(run / 'log.jsonl')
-    V, K = umm.c.vocab, umm.c.codebook
+    V, K = text.size, umm.c.codebook
     sizes = {'text': V, 'plan': V, 'draw': K, s['proxy']: K}
     shown = {}
     for name in sizes:

@@ -18,6 +18,7 @@ import eval as evaluation
 import model
 import sample
 from data import MAPS, UserError
+from experiments.restoration import RESTORATIONS
 from folder import open_world
 
 MARGIN = .005                    # half a point: the smallest effect that the paper reports
@@ -70,7 +71,6 @@ CLAIMS = (
     Claim('the trunk must move: frozen blocks lose', 'seg', 'frozen', UNDERSTANDING, '-'),
     Claim('maps matter when few pictures have questions (200)', 'seg-asked-200', 'sft-asked-200',
           UNDERSTANDING, '-'),
-    Claim('the same with VQ codes as input', 'seg-code', 'sft-code', UNDERSTANDING, '-'),
     Claim('segmentation leaves text-only reasoning as it is', 'seg', 'sft', REASONING, '0',
           no_change=True),
     Claim('segmentation improves generation over questions alone', 'seg', 'sft', GENERATION,
@@ -127,7 +127,7 @@ LOOK = {                         # of all figures
 }
 # The arms in the figures, in this order; those that teach a map have its colour.
 INK = {'none': '#999999', 'sft': '#000000', **{name: m.colour for name, m in MAPS.items()},
-       'shuffled': '#7f4f24'}
+       **{name: colour for name, (_, colour) in RESTORATIONS.items()}, 'shuffled': '#7f4f24'}
 MARK = dict(zip(INK, 'Xosv^DPp<d>*'))
 # panel of sweeps.png: {label on the x axis: arm}; each arm is compared with its baseline()
 SWEEPS = {
@@ -138,10 +138,9 @@ SWEEPS = {
         '0': 'sft', '100': 'scale-100', '400': 'scale-400', '1600': 'scale-1600', 'endless': 'seg'},
     'distinct pictures with questions': {
         '200': 'seg-asked-200', '800': 'seg-asked-800', 'endless': 'seg'},
-    'input pictures': {'patches': 'seg', 'codes': 'seg-code'},
 }
 BASELINES = {
-    'seg-long': 'sft-long', 'seg-code': 'sft-code',
+    'seg-long': 'sft-long',
     'seg-asked-200': 'sft-asked-200', 'seg-asked-800': 'sft-asked-800',
     # at equal FLOPs
     'seg-order': 'sft-flops', 'seg-masked': 'sft-flops', 'seg-blind': 'sft-flops',
@@ -499,17 +498,13 @@ def world_of(settings: dict, text=None):
 
 
 def targets(out: Path, world, n=6):
-    """targets.png: input pictures and every kind of map; of a restoration its spoilt input instead."""
+    """targets.png: input pictures and every kind of map."""
     _, r, _ = world.scenes('val', 'maps', 0, n)
     rows, names = [r.image], [['picture']]
     for name in world.maps:
-        s, target, _ = world.maps_to_draw('val', 0, n, name)
-        if MAPS[name].spoil is None:
-            rows.append(target)
-            names.append([name])
-        else:
-            rows.append(s.image)
-            names.append([f'{name}: input'])
+        _, target, _ = world.maps_to_draw('val', 0, n, name)
+        rows.append(target)
+        names.append([name])
     sample.grid(rows, names, scale=2).save(out / 'targets.png')
 
 
@@ -548,10 +543,6 @@ def samples(out: Path, found, world, n=6):
         name = 'none' if arm == 'none' else meta['settings']['proxy']
         if name != 'none':
             s, _, _ = world.maps_to_draw('test', 0, n, name, stream='samples')
-            if MAPS[name].spoil is not None:
-                rows.append(s.image)
-                names.append([f'{arm}: what it reads'])
-            s.image = umm.inputs(tok, s.image)
             codes = umm.generate(s, temperature=0)
             rows.append(tok.decode(codes))
             names.append([f'{arm}: its map'])

@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce --only quick --seeds 3     none, sft, edge, depth, seg
     python -m experiments.reproduce                            ten arms x 5 seeds: the main comparison
-    python -m experiments.reproduce --only controls|restoration|ratio|scale|questions|input
+    python -m experiments.reproduce --only controls|restoration|ratio|scale|questions
     python -m experiments.reproduce --report                   only write the report of what is finished
     python -m experiments.reproduce --data DIR --only quick    on real pictures (see folder.py)
 
@@ -37,6 +37,7 @@ import train
 from data import COLOURS, SHAPES, UserError
 from experiments import channels, drawing, report
 from experiments.channels import LONGER
+from experiments.restoration import RESTORATIONS
 from folder import open_world
 
 RECIPE = 6      # counts changes of model or training after which old arms must not be mixed in
@@ -65,7 +66,7 @@ def maps_first(s: train.Settings, step: int):
     return 2, 0, share >= (1 + s.late_from) / 2
 
 
-MAP_ARMS = ('edge', 'recon', 'denoise', 'deblur', 'superres', 'inpaint', 'depth', 'instance', 'seg')
+MAP_ARMS = ('edge', 'recon', 'depth', 'instance', 'seg')
 RATIO_ARMS = {f'ratio-{r:g}': Arm(flags={'ratio': r}) for r in (.5, 1., 1.5, 2.5, 3.)}
 SCALE_ARMS = {f'scale-{n}': Arm(pictures=n) for n in (100, 400, 1600)}
 QUESTION_ARMS = {
@@ -126,6 +127,7 @@ ARMS = {
     'none': Arm('none', trained=False),
     'sft': Arm('none'),                # questions alone
     **{name: Arm(name) for name in MAP_ARMS},
+    **{name: Arm('recon', control=control) for name, (control, _) in RESTORATIONS.items()},
     'sft-long': Arm('none', longer=2),
     'seg-long': Arm('seg', longer=2),
     'shuffled': Arm(control=train.Control(map_loss=channels.shuffled)),
@@ -141,14 +143,11 @@ ARMS = {
     **LONG_ARMS,
     **DRAW_ARMS,
     **BARE_ARMS,
-    'sft-code': Arm('none', base='base-code'),
-    'seg-code': Arm('seg', base='base-code'),
 }
 BASES = {                          # and their flags of train.py
     'base': {},
     'known': {},
     'bare': {'pre_steps': 1000},   # without plans drawing is learned later
-    'base-code': {'image_input': 'code'},
 }
 PLANS = {
     'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',
@@ -164,7 +163,6 @@ PLANS = {
     'budget': ('none', *LONG_ARMS),
     'known': tuple(KNOWN_ARMS),
     'drawing': ('none', *DRAW_ARMS, *BARE_ARMS),
-    'input': ('none', 'sft', 'seg', 'sft-code', 'seg-code'),
 }
 # Post-training shorter than the main job's: arms are compared while there is still something to learn.
 STEPS = {
@@ -221,15 +219,14 @@ def features(umm, tok, world, split: str, n: int):
     """-> (states of the picture's positions per layer [n_layer + 1, n * N, C], labels {task: [n * N]},
     -1 = not asked)."""
     scenes, r, _ = world.scenes(split, 'probe', 0, n)
-    image = umm.inputs(tok, r.image)
     prompts = [[('what is where?', None)] for _ in scenes]
     states, hooks = [], []
     for block in umm.blocks:
         hooks.append(block.register_forward_hook(lambda block, given, out: states.append(out)))
-    umm.hidden(data.pack(world.text, prompts, image, world.device))
+    umm.hidden(data.pack(world.text, prompts, r.image, world.device))
     for hook in hooks:
         hook.remove()
-    layers = [umm.embed_image(image), *states[::2]]        # a block sees the picture first, then text
+    layers = [umm.embed_image(r.image), *states[:umm.c.n_layer]]      # the picture goes first, then text
     states = torch.stack([x.flatten(0, 1) for x in layers])                           # [.,n*N,C]
     labels = labels_of(scenes, objects_under(r, umm.c.patch))
     g = data.generator(world.seed, split, 'probe labels', 0)
@@ -402,7 +399,7 @@ def shares_while_answering(umm, tok, world, scenes, r, rng) -> dict:
         o = scene.objects[k]
         rows.append([(f'where is the {o.name}?', data.CELLS[o.cell])])
         numbers.append(k + 1)
-    s = data.pack(world.text, rows, umm.inputs(tok, r.image), world.device)
+    s = data.pack(world.text, rows, r.image, world.device)
     with recorded() as kept:
         umm.hidden(s)
     at = (s.target >= 0).int().argmax(1)                   # where the answer's first word is predicted
@@ -411,7 +408,7 @@ def shares_while_answering(umm, tok, world, scenes, r, rng) -> dict:
     inside = (r.instance == numbers[:, None, None]).float()                           # [n,S,S]
     mine = F.max_pool2d(inside[:, None], umm.c.patch).flatten(1)                      # [n,N]
     shares = {'picture': [], 'asked object': [], 'text': []}
-    for weights in kept[1::2]:                             # in each layer the picture's come first
+    for weights in kept[umm.c.n_layer:]:                   # after those of the picture itself
         w = weights[every, :, at].mean(1)                                             # [n,N+T]
         shares['picture'].append(w[:, :N].sum(1).mean().item())
         shares['asked object'].append((w[:, :N] * mine).sum(1).mean().item())

@@ -197,7 +197,7 @@ def losses(device, text, proxy, **config):
     s = train.Settings(proxy=proxy, dtype='float32', questions=4)
     world = data.World(16, 0, device, text)
     c = model.Config(size=16, codebook=64, n_layer=2, n_head=2, n_embd=32, **config)
-    tok, umm = model.VQTokenizer(c).eval(), model.UMM(c)
+    tok, umm = model.VQTokenizer(c).eval(), model.UMM(c, text.size)
     for p in umm.parameters():
         torch.nn.init.normal_(p, std=.1)    # untrained, the blocks would do nothing
     networks = dict(tok=tok.to(device), umm=umm.to(device))
@@ -210,7 +210,7 @@ def losses(device, text, proxy, **config):
 
 @pytest.mark.parametrize('proxy', data.MAPS)
 def test_losses_and_gradients_of_all_maps(device, world, proxy):
-    other = {'image_input': 'code', 'quantizer': 'fsq'} if proxy == 'recon' else {}
+    other = {'quantizer': 'fsq'} if proxy == 'recon' else {}
     here = losses(torch.device('cpu'), world.text, proxy, **other)
     assert losses(device, world.text, proxy, **other) == pytest.approx(here, rel=1e-3)
 

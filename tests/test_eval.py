@@ -147,9 +147,6 @@ class Oracle:
         self.vocab = vocab
         self.contrary = contrary
 
-    def inputs(self, tok, image):
-        return image
-
     def hidden(self, s):
         target = s.target.clamp(min=0)
         return F.one_hot(target, self.vocab).float()

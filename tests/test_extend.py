@@ -88,7 +88,7 @@ def test_post_training_on_the_new_map(run, monkeypatch):
 
 
 def test_the_tokenizer_and_the_text_know_the_new_map(run):
-    assert 'contour' in run.world.targets
+    assert 'contour' in run.world.maps
     figures = evaluation.tokenizer(run.tok, run.world, 16, 'val')
     assert figures['psnr_contour']['n'] == 16
     for word in ('borders', 'border'):

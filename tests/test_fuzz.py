@@ -282,11 +282,11 @@ def test_any_way_of_sampling_gives_codes(run_dir, seed, temperature, top_k, cfg)
 
 @fuzz(10, st.integers(1, 4), st.integers(1, 20), st.integers(0, 19), st.booleans(), st.integers(0, 99))
 def test_cached_and_uncached_logits_agree_to_1e_5(run_dir, B, T, padding, picture, seed):
-    _, umm, _, _, _ = loaded_once(run_dir)
+    _, umm, text, _, _ = loaded_once(run_dir)
     g = torch.Generator().manual_seed(seed)
     turn = torch.ones(B, T, dtype=torch.long)
     turn[0, max(1, T - padding):] = -1
-    s = data.Sequence(torch.randint(umm.c.vocab, (B, T), generator=g), turn)
+    s = data.Sequence(torch.randint(text.size, (B, T), generator=g), turn)
     if picture:
         s.image = torch.rand(B, 3, 16, 16, generator=g)
     seen, pick = [], model.pick

@@ -11,15 +11,16 @@ import model
 from data import Sequence
 from model import UMM, Config, VQTokenizer
 
-SMALL = Config(size=16, codebook=32, vocab=60, n_layer=2, n_head=2, n_embd=32)
+SMALL = Config(size=16, codebook=32, n_layer=2, n_head=2, n_embd=32)
 N = 16                         # codes of a picture of 16 x 16 pixels
+V = 60                         # text tokens
 
 
-@pytest.fixture(scope='module', params=['patch', 'code'])
-def umm(request):
+@pytest.fixture(scope='module')
+def umm():
     """Random weights everywhere: layers that begin at zero would hide mistakes."""
     torch.manual_seed(0)
-    m = UMM(replace(SMALL, image_input=request.param))
+    m = UMM(SMALL, V)
     for p in m.parameters():
         torch.nn.init.normal_(p, std=.3)
     return m.eval()
@@ -32,8 +33,6 @@ def sequence(m, B=3, T=7, picture=True, codes=True, pad=True) -> Sequence:
     if pad:
         turn[1, 4:] = -1
     image = torch.rand(B, 3, 16, 16, generator=g)
-    if m.c.image_input == 'code':
-        image = torch.randint(32, (B, N), generator=g)
     s = Sequence(torch.randint(60, (B, T), generator=g), turn)
     if picture:
         s.image = image
@@ -104,7 +103,7 @@ def test_rope_depends_on_distance_only():
 
 def test_text_embedding_against_naive_code(umm):
     """A token hears the three before it, of its own turn only."""
-    text = torch.randint(umm.c.vocab, (2, 9))
+    text = torch.randint(V, (2, 9))
     turn = torch.tensor([
         [1, 1, 1, 1, 1, 2, 2, 2, -1],
         [1, 2, 2, 2, 2, 2, 2, -1, -1],
@@ -171,7 +170,7 @@ def naive_block(block, x, x0, at):
 
 
 def test_a_block_against_naive_code(umm):
-    m = UMM(umm.c).double()
+    m = UMM(umm.c, V).double()
     m.load_state_dict(umm.state_dict())
     block, T = m.blocks[1], 5
     x, x0 = torch.randn(2, 1, T, 32, dtype=torch.double)
@@ -257,10 +256,7 @@ def test_the_picture_is_read_in_both_directions(umm):
     """The first patch's keys in layer 2 depend on the last patch."""
     s = sequence(umm, codes=False)
     image = s.image.clone()
-    if umm.c.image_input == 'code':
-        image = changed(image, -1, 32)
-    else:
-        image[..., -1, -1] += .5                           # the last pixel
+    image[..., -1, -1] += .5                               # the last pixel
     first = []
     for x in (s.image, image):
         kvs = [model.KV() for _ in umm.blocks]
@@ -296,7 +292,7 @@ def test_many_turns_in_several_rows_are_as_in_one(umm):
     one = data.pack(text, asked, image, room=10**9)
     many = data.pack(text, asked, image, room=20)
     for s in (one, many):
-        s.text = s.text % umm.c.vocab                      # any tokens do
+        s.text = s.text % V                      # any tokens do
         s.target = torch.where(s.turn > 0, s.text, -1)
     assert len(one.text) == 2
     assert len(many.text) >= 8
@@ -317,7 +313,7 @@ def test_many_turns_in_several_rows_are_as_in_one(umm):
 def test_the_longest_prompt_and_the_worst_plan_fit(monkeypatch):
     """A plan of broken bytes is three times as long once it is read again."""
     text = data.Text.from_corpus(['a ring'])
-    umm = UMM(replace(SMALL, vocab=text.size, n_layer=1))
+    umm = UMM(replace(SMALL, n_layer=1), text.size)
     prompt = 'x' * (data.MAX_TEXT - data.MAX_PLAN - 1)
     assert len(text.encode(prompt)) == data.MAX_TEXT - data.MAX_PLAN
     plan = '\ufffd' * 200
@@ -384,7 +380,7 @@ def test_draw_continues_the_prompt_and_its_plan(umm, monkeypatch):
     """The codes are those of [prompt][plan][codes], laid out as in training."""
     text = data.Text(data.BYTES)
     torch.manual_seed(0)
-    m = UMM(replace(umm.c, vocab=text.size))
+    m = UMM(umm.c, text.size)
     for p in m.parameters():
         torch.nn.init.normal_(p, std=.3)
     prompts, planned = ['x', 'yy'], ['a ring', 'two red squares']
@@ -399,7 +395,7 @@ def test_draw_continues_the_prompt_and_its_plan(umm, monkeypatch):
 
 # ---- losses ----
 def test_losses_are_per_head_means_and_start_at_ln_of_the_vocabulary():
-    m = UMM(SMALL)
+    m = UMM(SMALL, V)
     s = sequence(m)
     s.target = torch.full_like(s.text, -1)
     s.target[:, 2] = 5
@@ -432,14 +428,13 @@ def test_loss_against_naive_cross_entropy(umm):
 
 def test_gradients_against_finite_differences(umm, monkeypatch):
     """Of all parameters, in double precision, along a random direction each."""
-    m = UMM(umm.c).double()
+    m = UMM(umm.c, V).double()
     m.load_state_dict(umm.state_dict())
     for p in m.parameters():
         p.data *= .5                                       # keeps the third derivative small
     monkeypatch.setattr(torch.Tensor, 'float', lambda x: x)              # losses stay double
     s = sequence(m, B=2)
-    if m.c.image_input == 'patch':
-        s.image = s.image.double()
+    s.image = s.image.double()
     s.target = torch.full_like(s.text, -1)
     s.target[0, 1] = 7
     s.target[1, 3] = 9
@@ -459,10 +454,6 @@ def test_gradients_against_finite_differences(umm, monkeypatch):
     loss().backward()
     g, eps, checked = seeded(0), 1e-6, 0
     for name, p in m.named_parameters():
-        if p.grad is None:                                 # pictures are read in the other way
-            assert umm.c.image_input == 'code'
-            assert name.startswith('patch_embed')
-            continue
         direction = torch.randn(p.shape, generator=g, dtype=torch.double)
         want = (p.grad * direction).sum().item()
         above = loss_after(p, eps * direction)
@@ -514,8 +505,10 @@ def test_commitment_moves_the_encoder_never_the_codebook():
     assert F.mse_loss(nearer, vq.codebook[codes]) < commitment
 
 
-def test_codebook_moving_average_against_naive():
-    vq = model.VectorQuantizer(4, 2, decay=.9, dead=0.)
+def test_codebook_moving_average_against_naive(monkeypatch):
+    monkeypatch.setattr(model, 'DECAY', .9)
+    monkeypatch.setattr(model, 'DEAD', 0.)
+    vq = model.VectorQuantizer(4, 2)
     z = F.normalize(torch.randn(1, 2, 3, 2), dim=-1)
     count = vq.count.clone()
     total = vq.total.clone()

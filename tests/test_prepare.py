@@ -96,7 +96,7 @@ def test_pets_are_read(pets, tmp_path):
     prepare.main(['pets', str(pets), str(tmp_path / 'out'), '--side', '30'])
     world = Folder(tmp_path / 'out', 16)
     assert world.annotated == ('classes',)
-    assert world.targets == ['seg', 'edge', 'recon']
+    assert world.maps == ['seg', 'edge', 'recon']
     assert world.captions
     assert {'species', 'breed', 'breed_choice', 'exist'} < set(world.kinds)
     _, r, _ = world.scenes('test', 'reading', 0, 4)

@@ -17,6 +17,7 @@ import model
 import train
 from data import UserError, World
 from experiments import cosine, losses, report, reproduce
+from experiments.restoration import RESTORATIONS
 
 
 @pytest.fixture(scope='module')
@@ -318,6 +319,22 @@ def test_a_result_says_what_it_was_made_with(arms):
     assert len(result['commit']) in (0, 40)  # none in a copy without its history
 
 
+@pytest.mark.parametrize('name', RESTORATIONS)
+def test_of_a_restoration_the_input_is_spoilt_the_target_is_not(world, monkeypatch, name):
+    s, target, r = world.maps_to_draw('train', 0, 8, 'recon')
+    run = types.SimpleNamespace(s=train.Settings(), device=torch.device('cpu'))
+    monkeypatch.setattr(train, 'generated', lambda run, index, seq, target, r: (seq.image, target))
+    map_loss = reproduce.ARMS[name].control.map_loss
+    seen, taught = map_loss(run, 0, s, target, r)
+    assert torch.equal(taught, r.image)
+    assert not torch.allclose(seen, r.image, atol=.1)
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    s, target, r = world.maps_to_draw('train', 0, 8, 'recon')
+    again, _ = map_loss(run, 0, s, target, r)
+    assert torch.equal(seen, again)
+
+
 def test_maps_first_shows_as_much_of_both():
     """Maps in the first half, then questions, the late ones last."""
     s = train.Settings(post_steps=20, late_from=.3)
@@ -378,7 +395,7 @@ def test_bases_come_first_and_what_fails_stops_nothing_else(tmp_path, monkeypatc
     done = []
 
     def work(a, seed, name):
-        if (seed, name) in ((0, 'base-code'), (1, 'sft')):
+        if (seed, name) in ((0, 'other'), (1, 'sft')):
             raise RuntimeError('no')
         folder = a.out / f'seed{seed}' / name
         folder.mkdir(parents=True)
@@ -387,14 +404,15 @@ def test_bases_come_first_and_what_fails_stops_nothing_else(tmp_path, monkeypatc
 
     monkeypatch.setattr(reproduce, 'work', work)
     monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', OneByOne)
+    monkeypatch.setitem(reproduce.ARMS, 'sft-other', reproduce.Arm('none', base='other'))
     a = plan(tmp_path, seeds=2)
-    failed = reproduce.execute(a, ['sft', 'sft-code'])
-    assert failed == ['seed 0 base-code: no', 'seed 1 sft: no']
-    assert done[:3] == [(0, 'base'), (1, 'base'), (1, 'base-code')]
-    assert sorted(done[3:]) == [(0, 'sft'), (1, 'sft-code')]
+    failed = reproduce.execute(a, ['sft', 'sft-other'])
+    assert failed == ['seed 0 other: no', 'seed 1 sft: no']
+    assert done[:3] == [(0, 'base'), (1, 'base'), (1, 'other')]
+    assert sorted(done[3:]) == [(0, 'sft'), (1, 'sft-other')]
     # the same command again does the rest alone
-    failed = reproduce.execute(a, ['sft', 'sft-code'])
-    assert failed == ['seed 0 base-code: no', 'seed 1 sft: no']
+    failed = reproduce.execute(a, ['sft', 'sft-other'])
+    assert failed == ['seed 0 other: no', 'seed 1 sft: no']
     assert len(done) == 5
     assert '3 runs to do' in capsys.readouterr().out  # a base, its arm, and the other arm
 

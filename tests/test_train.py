@@ -36,7 +36,7 @@ def test_muon_orthogonalizes(shape):
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
-    umm = model.UMM(model.Config(size=16, n_layer=2, n_head=2, n_embd=32))
+    umm = model.UMM(model.Config(size=16, n_layer=2, n_head=2, n_embd=32), 60)
     muon, adamw = train.optimizers(umm, .1, .2)
     names = {id(p): name for name, p in umm.named_parameters()}
     mine = {names[id(p)] for p in muon.param_groups[0]['params']}
@@ -139,14 +139,12 @@ def test_another_seed_gives_other_weights(run_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flag, value', [
-    ('--image_input', 'code'),
     ('--quantizer', 'fsq'),
     ('--proxy', 'edge'),
     ('--proxy', 'none'),
 ])
 def test_switches_train(tmp_path, flag, value, monkeypatch):
-    if value != 'code':              # the evaluation reads pictures in one of two ways, whatever else
-        leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
+    leave_out(monkeypatch, 'evaluate', 'report', 'understanding')
     train.main([*TEST, '--out', str(tmp_path / 'run'), flag, value])
 
 
@@ -186,7 +184,7 @@ def note(event, args):
 
 def losses(run, step, *amounts, **more):
     if step == 2:                          # the third of pretraining
-        networks = model.state_of(run.tok, run.umm)
+        networks = model.both(run.tok, run.umm).state_dict()
         model.save(f'{{train.RANK}}.safetensors', networks, {{}})
         if train.RANK == 1:
             signal.raise_signal(signal.SIGTERM)        # one of the two is told to stop
@@ -218,7 +216,7 @@ def test_two_processes_train_and_stop_together_and_one_goes_on(run_dir, tmp_path
     assert done.returncode != 0
     assert done.stderr.count('stopped; saved pretrain step 3') == 2, done.stderr
     # the first talks and writes, the other does not
-    assert done.stdout.count('parameters:') == 1
+    assert done.stdout.count('umm: ') == 1
     assert done.stdout.count('device:') == 1
     first = (tmp_path / '0.txt').read_text()
     for name in ('log.jsonl', 'tokenizer.png', 'state.safetensors'):
@@ -256,9 +254,8 @@ class Spy(data.World):
 def tiny_run(world, *flags):
     """As train.Run, without a folder; its heads and blocks are not zero, as they would be at first."""
     s = train.parse([*TEST, *flags])
-    s.vocab = world.text.size
     torch.manual_seed(0)
-    tok, umm = model.VQTokenizer(s).eval(), model.UMM(s)
+    tok, umm = model.VQTokenizer(s).eval(), model.UMM(s, world.text.size)
     for layer in (umm.pixel_head, umm.text_head, *[block.proj for block in umm.blocks]):
         torch.nn.init.normal_(layer.weight)
     spy = Spy(16, text=world.text)
