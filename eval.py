@@ -346,7 +346,6 @@ def prompts(world: DataSet, category: str, n: int, split='test'):
 def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
     """Share of n prompts per category whose picture passes; `verifier`: of true pictures; `ceiling`: of
     these after the tokenizer's round trip."""
-    g = torch.Generator(world.device).manual_seed(0)
     drawn, verifier, ceiling = {}, [], []
 
     def passed(pictures):
@@ -356,6 +355,8 @@ def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
 
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
+        # its own generator: a category's drawings do not depend on the lengths of plans in the others
+        g = torch.Generator(world.device).manual_seed(0)
         codes, _ = draw(umm, world.text, texts, g, cfg=cfg)                           # [n,N]
         drawn[category] = passed(tok.decode(codes))
         verifier.append(passed(images))

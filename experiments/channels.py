@@ -1,14 +1,14 @@
-"""What a map says times how it is taught: the arms of the plans `channel`, `content`, `budget` and `known`.
+"""What a map says times how it is taught: the arms of the plans `channel`, `content`, `budget`, `known`.
 
-Semantic Generative Tuning generates segmentation maps. Is it the generating that helps, or the labels that
-the maps carry? The same content is taught through other channels, about the same pictures, in the same
-order, with the same weight:
+Semantic Generative Tuning generates segmentation maps. Is it the generating that helps, or the labels
+that the maps carry? The same content is taught through other channels, about the same pictures, in the
+same order, with the same weight:
 
     order      generated: codes one after another, each sees the earlier ones
     blind      generated: all codes at once, none sees another
     mixture    three rows in four blind, one in order: what train.py does
     masked     generated: a random share of the codes is hidden, the others are seen from both sides
-               (MaskGIT, Chang et al. 2022, section 3.1), the discrete counterpart of a flow-matching head
+               (MaskGIT, Chang et al. 2022, section 3.1): the counterpart of a flow-matching head
     readout    nothing is generated: the picture's own last states say the map's codes, patch by patch
     told       nothing is generated: an answer in words says which shape is where
 
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import MAPS, Rendering
-from model import KV, norm
+from model import KV
 
 # GFLOPs of a step of post-training, cpu preset: what this file counts
 GFLOPS = {'sft': 15.46, 'seg-readout': 19.04, 'seg-told': 19.32, 'seg-order': 22.37}
@@ -60,6 +60,11 @@ def half(run):
     return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled)
 
 
+def nothing_before(umm) -> list:
+    """Empty keys and values, of each layer."""
+    return [KV() for _ in umm.blocks]
+
+
 def readout(run, index: int, seq, target, r):
     """A classifier of patches: the picture's last states -> pixel head -> the codes of the map. No code
     of the map and no instruction is read."""
@@ -67,17 +72,14 @@ def readout(run, index: int, seq, target, r):
     codes = run.tok.encode(target)                                                    # [B,N]
     with half(run):
         x = umm.embed_image(seq.image)                                                # [B,N,C]
-        x0 = norm(x)
-        rope = umm.rope(umm.rc[None])
-        for block in umm.blocks:
-            x = block(x, x0, rope, None, KV())
-        logits = umm.pixel_head(norm(x))                                              # [B,N,K]
+        x = umm.through_blocks(x, umm.rc[None], None, nothing_before(umm))
+        logits = umm.pixel_head(x)                                                    # [B,N,K]
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
 
 def masked(run, index: int, seq, target, r):
-    """The codes of the map, of which a random share is hidden: cos(pi/2 u), u uniform. Each code reads the
-    picture, the instruction and all codes that are shown; the loss is that of the hidden ones."""
+    """The codes of the map, of which a random share is hidden: cos(pi/2 u), u uniform. Each code reads
+    the picture, the instruction and all codes that are shown; the loss is that of the hidden ones."""
     umm = run.umm
     codes = run.tok.encode(target)                                                    # [B,N]
     B, N = codes.shape
@@ -100,17 +102,15 @@ def logits_of_masked(run, seq, codes, hidden, both_sides=True):
         see[:, T:, T:] = True
     see = F.pad(see, (N, 0), value=True)                                              # [B,T+N,N+T+N]
     with half(run):
+        kvs = nothing_before(umm)
         image = umm.embed_image(seq.image)                                            # [B,N,C]
+        umm.through_blocks(image, umm.rc[None], None, kvs)     # its keys are in kvs from now on
         text = umm.embed_text(seq.text, seq.turn)                                     # [B,T,C]
-        x = torch.cat([text, umm.code_embed(shown) + umm.position()], 1)              # [B,T+N,C]
+        places = umm.code_embed(shown) + umm.position()                               # [B,N,C]
+        x = torch.cat([text, places], 1)                                              # [B,T+N,C]
         mask = torch.where(see, 0., -1e4).to(x.dtype)[:, None]                        # [B,1,T+N,N+T+N]
-        image0, x0 = norm(image), norm(x)
-        image_rope, rope = umm.rope(umm.rc[None]), umm.rope(at)
-        for block in umm.blocks:
-            kv = KV()
-            image = block(image, image0, image_rope, None, kv)
-            x = block(x, x0, rope, mask, kv)
-        return umm.pixel_head(norm(x)[:, T:])                                         # [B,N,K]
+        x = umm.through_blocks(x, at, mask, kvs)
+        return umm.pixel_head(x[:, T:])                                               # [B,N,K]
 
 
 def told(run, index: int, seq, target, r):
@@ -191,8 +191,9 @@ def flops_a_step(run: train.Run, steps: int) -> float:
 def main():
     """Print the FLOPs of a step of each arm of the plan `channel`."""
     from experiments import reproduce
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--init', default='out/cpu/pretrained.safetensors', help='a base (default %(default)s)')
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument('--init', default='out/cpu/pretrained.safetensors', help='default %(default)s')
     a = p.parse_args()
     for name in reproduce.PLANS['channel']:
         arm = reproduce.ARMS[name]
@@ -200,7 +201,8 @@ def main():
             continue
         values = {'init': a.init, 'out': 'out/flops', 'proxy': arm.proxy, **arm.flags}
         flags = reproduce.as_flags(values)
-        run = train.Run(train.parse([*flags, '--overwrite', '--dtype', 'float32']), data.find_device('cpu'))
+        s = train.parse([*flags, '--overwrite', '--dtype', 'float32'])
+        run = train.Run(s, data.find_device('cpu'))
         run.control = arm.control
         print(f'{name}: {flops_a_step(run, 10) / 1e9:.2f} GFLOPs a step')
 

@@ -40,8 +40,8 @@ def swapped(s: Scenes, what: str) -> Scenes:
 
 
 def pair_batch(world, split: str, index: int) -> tuple:
-    """-> (Scenes, [(caption, number of the scene)]): those of two objects with two shapes and two colours,
-    one of which is clearly left of, right of, above or below the other."""
+    """-> (Scenes, [(caption, number of the scene)]): those of two objects with two shapes and two
+    colours, one of which is clearly left of, right of, above or below the other."""
     s = data.sample_scenes(4 * B, data.generator(world.seed, split, 'choice', index))
     rng = data.python_random(world.seed, split, 'choice', index)
     found = []
@@ -64,8 +64,8 @@ def plans_of(world, scenes: Scenes) -> list[str]:
 
 @torch.no_grad()
 def choices(umm, tok, world, n=1000, split='test') -> dict:
-    """{'sides', 'colours': the true picture is likelier, given caption and true plan; 'plan sides', 'plan
-    colours': the true plan is likelier, given the caption}: shares of n pairs, or a few more."""
+    """{'sides', 'colours': the true picture is likelier, given caption and true plan; 'plan sides',
+    'plan colours': the true plan is likelier, given the caption}: shares of n pairs, or a few more."""
     right, total, index = Counter(), 0, 0
     while total < n:
         s, found = pair_batch(world, split, index)
@@ -74,7 +74,7 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
         plans = plans_of(world, true)
 
         def nats(scenes):
-            """Of their plans, and of their pictures with the true plans; texture and noise are the same."""
+            """Of their plans, and of their pictures with the true plans; with the same noise."""
             g = data.generator(world.seed, split, 'choice texture', index)
             codes = tok.encode(data.render(scenes, world.size, g).image)              # [B,N]
             plan, _ = nats_of(umm, world, texts, plans_of(world, scenes), codes)

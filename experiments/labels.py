@@ -1,6 +1,6 @@
-"""Labels or generation? The figure of the plans `channel` and `budget`, and what one could know without shapes.
+"""Labels or generation? The figure of the plans `channel` and `budget`; what is known without shapes.
 
-    python -m experiments.labels experiments/results/scores-channel.json     writes labels.png beside it
+    python -m experiments.labels experiments/results/scores-channel.json    writes labels.png beside it
     python -m experiments.labels --bound                                     prints the shape-blind bound
 
 Left: validation accuracy against what training has cost. Right: what each channel gains over questions
@@ -18,7 +18,7 @@ from data import QUESTIONS, SHAPES, UserError, World
 from experiments import report
 from experiments.channels import GFLOPS
 
-# arm: (label, colour, marker, dashes); colours of Okabe and Ito, which differ for colour-blind people too
+# arm: (label, colour, marker, dashes); colours of Okabe and Ito, which colour-blind people can tell apart
 STYLES = {
     'sft-flops': ('questions alone', '#000000', 'o', '-'),
     'told-flops': ('told in words', '#999999', 'X', ':'),
@@ -47,8 +47,8 @@ def without_shapes(scene: data.Scene, rng: random.Random) -> data.Scene:
 
 
 def guess_without_shapes(scene, kind: str, words, rng: random.Random, enough=15, tries=20_000):
-    """The likeliest answer over scenes that differ in their shapes alone: of `enough` of those in which the
-    question is asked in these words. None where it never is."""
+    """The likeliest answer over scenes that differ in their shapes alone: of `enough` of those in which
+    the question is asked in these words. None where it never is."""
     answers = Counter()
     for _ in range(tries):
         found = QUESTIONS[kind].ask(without_shapes(scene, rng), rng)
@@ -142,7 +142,8 @@ def figure(found, path: Path):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument('scores', nargs='?', type=Path, help='scores.json of experiments.reproduce')
     p.add_argument('--bound', action='store_true', help='print what can be known without shapes')
     a = p.parse_args()

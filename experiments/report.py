@@ -23,12 +23,13 @@ from folder import open_world
 
 MARGIN = .005                    # half a point: the smallest effect that the paper reports
 RULE = """\
-A claim is *supported* if the interval excludes 0 and has the claimed sign, *opposite* if it excludes 0 with
-the other sign, *no effect* if it lies within half a point of 0 (the smallest effect that the paper
+A claim is *supported* if the interval excludes 0 and has the claimed sign, *opposite* if it excludes 0
+with the other sign, *no effect* if it lies within half a point of 0 (the smallest effect that the paper
 reports), else *undecided*. A claim that nothing moves is supported if the interval lies within half a
-point of 0, opposite if it excludes 0. Intervals are Student's t over seeds, not corrected for the number of
-claims. The last column says which of the primary claims, which were named before the runs, survive Holm's
-correction among themselves; the others are secondary. The paper's effects are those of the same contrast."""
+point of 0, opposite if it excludes 0. Intervals are Student's t over seeds, not corrected for the
+number of claims. The last column says which of the primary claims, which were named before the runs,
+survive Holm's correction among themselves; the others are secondary. The paper's effects are those of
+the same contrast."""
 
 # ---- what is claimed and what is shown ----
 # Where in the scores of a result a figure stands; of layers 'middle' or 'last'
@@ -244,8 +245,8 @@ def curve_of(result: dict, key: str) -> list:
 
 
 def look_up(result: dict, path: tuple):
-    """A score by its path; layers by 'middle' or 'last'; a tuple of names: their mean; 'half': validation
-    accuracy at half time."""
+    """A score by its path; layers by 'middle' or 'last'; a tuple of names: their mean; 'half':
+    validation accuracy at half time."""
     if path == HALF:
         return dict(curve_of(result, 'mean')).get(result['steps'] // 2)
     value = result['scores']

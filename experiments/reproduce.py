@@ -508,7 +508,8 @@ def run_arm(a, seed: int, arm: Arm, folder: Path) -> train.Run:
     flags = flags_of(a, seed, arm.base)
     steps = train.parse(flags).post_steps
     pretrained = folder.parent / arm.base / 'pretrained.safetensors'
-    values = {'proxy': arm.proxy, **arm.flags, 'init': pretrained, 'post_steps': round(arm.longer * steps)}
+    values = {'proxy': arm.proxy, 'init': pretrained, 'post_steps': round(arm.longer * steps)}
+    values |= arm.flags
     run = begin(folder, flags + as_flags(values), arm.base)
     run.control = arm.control
     world = run.world
@@ -661,8 +662,8 @@ def parse(argv=None):
     p.add_argument('--steps', type=int, default=0, help='of post-training, a multiple of 200 (gpu: '
                    '1,000, test: 6); 0: 400 (gpu: 3,000, test: 6)')
     p.add_argument('--data', default='', help='folder of real pictures instead of the procedural world')
-    p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='default float32, '
-                   'alike on all machines; bfloat16 is faster where the processor has units for it')
+    p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'),
+                   help='default float32; bfloat16 is faster where the processor has units for it')
     p.add_argument('--jobs', type=int, default=0, help='runs at a time; 0: one per core, 1 on a GPU')
     p.add_argument('--n', type=int, default=0, help='test pictures for understanding; 0: 512 (test: 64)')
     p.add_argument('--skip-bad', action='store_true', help='leave out bad rows of --data')

@@ -1,4 +1,4 @@
-"""Labels or generation: what each channel reads and writes, what each content shows, the endpoints of drawing."""
+"""Labels or generation: what channels read and write, what contents show, drawing without sampling."""
 
 import random
 
@@ -18,8 +18,8 @@ def run(run_dir, tmp_path_factory):
     """A run that is about to post-train, at the test preset."""
     out = tmp_path_factory.mktemp('channels')
     init = str(run_dir / 'pretrained.safetensors')
-    flags = ['--preset', 'test', '--device', 'cpu', '--threads', '1', '--dtype', 'float32', '--hide', '0']
-    s = train.parse([*flags, '--init', init, '--out', str(out)])
+    flags = ['--preset', 'test', '--device', 'cpu', '--threads', '1', '--dtype', 'float32']
+    s = train.parse([*flags, '--hide', '0', '--init', init, '--out', str(out)])
     found = train.Run(s, torch.device('cpu'))
     g = torch.Generator().manual_seed(0)
     for head in (found.umm.text_head, found.umm.pixel_head):       # heads that say something
@@ -61,7 +61,9 @@ def test_told_says_what_the_map_shows():
     scenes, r, _ = World(32).scenes('train', 'x', 0, 64)
     alike = 0
     for scene, said in zip(scenes, channels.in_words(r)):
-        want = [f'{data.CELLS[o.cell]} a {o.shape}' for o in scene.objects]
+        want = []
+        for o in scene.objects:
+            want.append(f'{data.CELLS[o.cell]} a {o.shape}')
         if said == ', '.join(want):
             alike += 1
     assert alike >= 62             # an object that another one covers in part may seem to lie elsewhere

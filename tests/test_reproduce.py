@@ -283,7 +283,8 @@ def test_arms_differ_in_nothing_but_the_target(arms):
     assert seen['edge']['targets'] != seen['seg']['targets']
 
 
-NEW_ARMS = ('seg-masked', 'told-flops', 'all-three', 'blank-order', 'order-x3', 'known-order', 'seg-alone-bare')
+NEW_ARMS = ('seg-masked', 'told-flops', 'all-three', 'blank-order', 'order-x3', 'known-order',
+            'seg-alone-bare')
 
 
 def test_every_kind_of_arm_runs(arms, tmp_path, monkeypatch):
