@@ -18,7 +18,7 @@ from data import QUESTIONS, SHAPES, UserError, World
 from experiments import report
 from experiments.channels import GFLOPS
 
-# arm: (label, colour, marker, dashes); colours of Okabe and Ito, which colour-blind people can tell apart
+# arm: (label, colour, marker, dashes); colours of Okabe and Ito: colour-blind people can tell them apart
 STYLES = {
     'sft-flops': ('questions alone', '#000000', 'o', '-'),
     'told-flops': ('told in words', '#999999', 'X', ':'),
