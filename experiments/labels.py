@@ -93,18 +93,17 @@ def draw_costs(ax, found):
         curves = [dict(cost_curve(result)) for result in by_seed.values()]
         x = sorted(set.intersection(*[set(curve) for curve in curves]))
         y = np.array([[curve[i] for i in x] for curve in curves])                     # [seeds,n]
-        mean = y.mean(0)
-        ax.plot(x, mean, color=ink, marker=mark, ls=dashes, ms=4, lw=1.3,
-                label=f'{label} ({len(curves)} seeds)')
-        if len(curves) > 2:
+        half = 0
+        if len(curves) > 2:                                    # of two it is wider than the figure
             error = y.std(0, ddof=1) / len(curves) ** .5
             half = report.t_quantile(.975, len(curves) - 1) * error
-            ax.fill_between(x, mean - half, mean + half, color=ink, alpha=.1, lw=0)
+        ax.errorbar(x, y.mean(0), half, color=ink, marker=mark, ls=dashes, ms=4, lw=1.3, elinewidth=.7,
+                    label=f'{label} ({len(curves)} seeds)')
     bound = np.mean(list(SHAPE_BLIND.values()))
     ax.axhline(bound, color='black', lw=.8, ls=':')
-    ax.annotate('one who knows all but shapes', (0, bound), va='bottom', fontsize=7)
+    ax.text(ax.get_xlim()[1], bound, 'one who knows all but shapes', ha='right', va='bottom', fontsize=7)
     ax.set(xlabel='TFLOPs of post-training', ylabel='validation accuracy')
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='lower right')
 
 
 def draw_gains(ax, found):
@@ -119,7 +118,7 @@ def draw_gains(ax, found):
         beside = (i - (len(arms) - 1) / 2) * .8 / len(arms)    # arms stand side by side
         x = np.arange(len(groups)) + beside
         ax.errorbar(x, middle, half, fmt=mark, color=ink, label=label, ms=5, lw=1, mec='black', mew=.4)
-    names = [f"{group}\n{', '.join(kinds)}" for group, kinds in groups.items()]
+    names = ['\n'.join([f'{group}:', *kinds]) for group, kinds in groups.items()]
     ax.set_xticks(range(len(groups)), names, fontsize=7)
     ax.axhline(0, color='black', lw=.7)
     ax.set_ylabel('points above questions alone')
