@@ -36,9 +36,9 @@ there) and a folder of pictures, at any depth. Annotations: CC BY 4.0; the pictu
 under its own licence. Cite Lin et al.: Microsoft COCO, ECCV 2014. Any export in this format should do.
 The split is that of the path of the file (train, val, test); one that no file is for gets every tenth
 training picture; annotations without pictures are left out with a line."""
-DIGITS = """Coloured handwritten digits on textured ground, with exact masks. Needs no download: 5,000 digits
-of MNIST lie in a package, pip install -r experiments/requirements-data.txt. Cite LeCun, Bottou, Bengio,
-Haffner: Gradient-based learning applied to document recognition, 1998."""
+DIGITS = """Coloured handwritten digits on textured ground, with exact masks. Nothing is fetched: 5,000
+digits of MNIST lie in a package, pip install -r experiments/requirements-data.txt. Cite LeCun, Bottou,
+Bengio, Haffner: Gradient-based learning applied to document recognition, 1998."""
 
 
 class Writer:

@@ -125,7 +125,7 @@ def test_the_folder_is_read(tmp_path, monkeypatch, capsys):
     names = [o['name'] for o in row['objects']]
     for name, part in zip(names, world.rows['train'][0]['plan'].split(', ')):
         row_word, column_word, _ = part.split(' ', 2)
-        assert row_word in ('top', 'bottom')               # a quarter's middle is never in a middle third
+        assert row_word in ('top', 'bottom')               # quarters are no middle thirds
         assert column_word in ('left', 'right')
         assert part == f'{row_word} {column_word} {name}'
 
