@@ -21,8 +21,7 @@ from PIL import Image, ImageFilter
 from data import CELLS, COLOURS, UserError, and_between, background, generator
 
 BATCH = 500                    # grounds drawn at once
-TURN = 10                      # a digit is turned by up to so many degrees
-SMALL, LARGE = .75, .88        # its longer side as a share of a quarter's
+SMALL = .85                    # the longer side of a digit as a share of a quarter's, at least
 
 
 class Digit(NamedTuple):
@@ -81,12 +80,10 @@ def sampled(hands: list, rng) -> list[Digit]:
 
 
 # ---- pixels ----
-def written(exemplar, side: int, rng):
-    """A handwritten digit [28, 28], with a broader pen and turned a little -> ink [h, w] in [0, 1],
-    its longer side `side` pixels."""
+def written(exemplar, side: int):
+    """A handwritten digit [28, 28] with a broader pen -> ink [h, w] in [0, 1], its longer side `side`
+    pixels."""
     pen = Image.fromarray(exemplar).filter(ImageFilter.MaxFilter(3))
-    angle = rng.uniform(-TURN, TURN)
-    pen = pen.rotate(angle, Image.BILINEAR)
     pen = pen.crop(pen.getbbox())
     scale = side / max(pen.size)
     size = [max(1, round(v * scale)) for v in pen.size]
@@ -102,8 +99,8 @@ def drawn(digits: list[Digit], ground, exemplars, rng):
     classes = np.zeros((S, S), np.uint8)
     boxes = []
     for digit in digits:
-        side = rng.randint(round(SMALL * quarter), round(LARGE * quarter))
-        ink = written(exemplars[digit.exemplar], side, rng)                           # [h,w]
+        side = rng.randint(round(SMALL * quarter), quarter)
+        ink = written(exemplars[digit.exemplar], side)                                # [h,w]
         h, w = ink.shape
         # a square of this side lies anywhere in the quarter, the digit in its middle
         free = quarter - side
@@ -143,11 +140,10 @@ def questions(digits: list[Digit], rng) -> list:
             larger = max(a, b)                                 # by number
             asked.append(('larger', f'which digit is larger, the {a.colour} or the {b.colour} one?',
                           larger.colour))
-    for a, b in pairs:
-        where = relation(a, b)
-        if where:
-            asked.append(('relation', f'where is the {a.colour} digit relative to the {b.colour} one?',
-                          where))
+    beside = [(a, b) for a, b in pairs if relation(a, b)]
+    for a, b in beside[:3]:
+        asked.append(('relation', f'where is the {a.colour} digit relative to the {b.colour} one?',
+                      relation(a, b)))
     return asked
 
 
