@@ -118,32 +118,40 @@ def drawn(digits: list[Digit], ground, exemplars, rng):
 
 # ---- words ----
 def questions(digits: list[Digit], rng) -> list:
-    """All that is asked about a scene: (type, question, answer)."""
-    asked = [('count', 'how many digits are there?', str(len(digits)))]
+    """All that is asked about a scene: (type, question, answer). Of what needs two digits or more than a
+    look there is one of each type: what is learned first is asked most."""
+    asked = []
+
+    def ask(kind: str, text: str, answer):
+        asked.append((kind, text, str(answer)))
+
+    ask('count', 'how many digits are there?', len(digits))
     numbers = [digit.number for digit in digits]
     for digit in digits:
         number, colour, place = digit.number, digit.colour, digit.place
-        asked.append(('what', f'what is at the {place}?', digit.name))
-        asked.append(('where', f'where is the {colour} digit?', place))
-        asked.append(('digit', f'which digit is {colour}?', str(number)))
+        ask('what', f'what is at the {place}?', digit.name)
+        ask('where', f'where is the {colour} digit?', place)
+        ask('digit', f'which digit is {colour}?', number)
         if numbers.count(number) == 1:
-            asked.append(('find', f'where is the {number}?', place))
-            asked.append(('colour', f'what color is the {number}?', colour))
-        asked.append(('exist', f'is there a {digit.name}?', 'yes'))
-        asked.append(('exist', f'is there a {absent(digits, digit, rng)}?', 'no'))
+            ask('find', f'where is the {number}?', place)
+            ask('colour', f'what color is the {number}?', colour)
+    present, other = rng.choice(digits), rng.choice(digits)
+    ask('exist', f'is there a {present.name}?', 'yes')
+    ask('exist', f'is there a {absent(digits, other, rng)}?', 'no')
     pairs = list(permutations(digits, 2))
     rng.shuffle(pairs)
-    for a, b in pairs[:3]:
-        asked.append(('add', f'what is the {a.colour} digit plus the {b.colour} digit?',
-                      str(a.number + b.number)))
-        if a.number != b.number:
-            larger = max(a, b)                                 # by number
-            asked.append(('larger', f'which digit is larger, the {a.colour} or the {b.colour} one?',
-                          larger.colour))
+    for a, b in pairs[:1]:
+        total = a.number + b.number
+        ask('add', f'what is the {a.colour} digit plus the {b.colour} digit?', total)
+    unequal = [(a, b) for a, b in pairs if a.number != b.number]
+    for a, b in unequal[:1]:
+        larger = max(a, b)                                     # by number
+        text = f'which digit is larger, the {a.colour} or the {b.colour} one?'
+        ask('larger', text, larger.colour)
     beside = [(a, b) for a, b in pairs if relation(a, b)]
-    for a, b in beside[:3]:
-        asked.append(('relation', f'where is the {a.colour} digit relative to the {b.colour} one?',
-                      relation(a, b)))
+    for a, b in beside[:1]:
+        text = f'where is the {a.colour} digit relative to the {b.colour} one?'
+        ask('relation', text, relation(a, b))
     return asked
 
 
