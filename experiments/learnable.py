@@ -1,6 +1,6 @@
 """Which questions of a folder can be learned at all? A small supervised CNN against the blind guess.
 
-    python -m experiments.learnable DIR              about three minutes on one core; prints a table
+    python -m experiments.learnable DIR          some minutes on one core; prints a table
 
 A type of question is worth measuring if the CNN, which is trained on nothing else, beats the answer that
 is the most frequent for the same words by 15 points on validation. What it cannot learn from a folder's
