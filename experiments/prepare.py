@@ -512,6 +512,8 @@ def compared(a: str, b: str, box_of: dict) -> list:
 # ---- digits ----
 def digit_scenes(a):
     """The command `digits`."""
+    if a.limit < 1:
+        raise UserError(f'--limit is {a.limit}: 1 scene or more')
     exemplars, labels = digits.mnist()
     names = [str(number) for number in range(10)]
     with Writer(a.out, a.side, ['background', *names]) as writer:

@@ -138,3 +138,8 @@ def test_without_the_package(monkeypatch, tmp_path):
     with pytest.raises(UserError, match='requirements-data.txt'):
         prepare.main(['digits', str(tmp_path / 'out')])
     assert not (tmp_path / 'out').exists()
+
+
+def test_no_scenes(tmp_path):
+    with pytest.raises(UserError, match='--limit is 0'):
+        prepare.main(['digits', str(tmp_path / 'out'), '--limit', '0'])
