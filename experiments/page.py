@@ -48,7 +48,7 @@ HEADERS = {
 class Upload(io.BytesIO):
     """The bytes of a picture, with a name for messages."""
 
-    def __str__(self):
+    def __repr__(self):
         return 'the picture'
 
 
@@ -307,8 +307,8 @@ class Handler(BaseHTTPRequestHandler):
             return 500, {'error': 'this is a bug in nanoUMM; please report what the terminal says'}
 
     def refused(self) -> bool:
-        """Does the request name another host, or come from another site's page? Such a page may find this
-        server under a name of its own, and a form of it can post anywhere."""
+        """Does the request name another host, or come from another site's page? Such a page may find
+        this server under a name of its own, and a form of it can post anywhere."""
         host = self.headers.get('Host', '')
         port = self.server.server_port
         mine = (f'127.0.0.1:{port}', f'localhost:{port}')

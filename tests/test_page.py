@@ -179,7 +179,7 @@ def test_a_folders_model_shows_pictures_of_its_folder(server, post, monkeypatch,
     ('ask', {'text': 'x', 'image': ['a']}, 'no picture'),
     ('ask', {'text': 'x', 'image': '/etc/passwd'}, 'no picture'),
     ('ask', {'text': 'x', 'image': 'data:image/png;base64,!'}, 'damaged'),
-    ('picture', {'image': 'data:image/png;base64,AAAA'}, 'cannot read the picture'),
+    ('picture', {'image': 'data:image/png;base64,AAAA'}, 'image file the picture'),
     ('segment', {'image': 'data:image/png'}, 'cannot read the picture'),
 ])
 def test_bad_input_is_one_message(post, task, given, message):
@@ -263,7 +263,7 @@ def test_a_second_request_waits(server, post, monkeypatch):
 
 
 # ---- the command ----
-def test_the_command_takes_the_newest_checkpoint_and_ends_with_ctrl_c(run_dir, monkeypatch, capsys, tmp_path):
+def test_the_command_takes_the_newest_checkpoint(run_dir, monkeypatch, capsys, tmp_path):
     def ctrl_c(server):
         raise KeyboardInterrupt
 
