@@ -1,4 +1,4 @@
-"""The notebook: it is built of its cells, runs on any finished run, and what is committed is up to date."""
+"""The notebook: it is built of its cells, runs on any finished run, and what is committed is current."""
 import json
 
 import pytest
