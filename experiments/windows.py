@@ -71,8 +71,8 @@ def kept_classes(folder: Path, n: int, grounds: list) -> Kept:
     for split, _, mask in rows_in(folder):
         if split == 'train':
             pixels += np.bincount(mask.flatten(), minlength=256)
-    order = [int(k) for k in pixels[:len(names)].argsort()[::-1] if pixels[k]]
-    largest = [names[k] for k in order if names[k] not in grounds]
+    order = sorted(range(len(names)), key=lambda k: -pixels[k])
+    largest = [names[k] for k in order if pixels[k] and names[k] not in grounds]
     if not largest:
         raise UserError(f'{folder}: nothing on the training masks but {and_between(grounds)}')
     kept = [*grounds, *largest[:n]]
@@ -85,19 +85,20 @@ def kept_classes(folder: Path, n: int, grounds: list) -> Kept:
 # ---- windows ----
 def covered(mask, kept: Kept) -> dict:
     """{class: share of the mask}, of those that are asked about and occur."""
-    count = np.bincount(mask.flatten(), minlength=256) / mask.size
-    return {name: count[k] for k, name in enumerate(kept.names) if k >= kept.grounds and count[k] > 0}
+    count = np.bincount(mask.flatten(), minlength=256)
+    shares = {}
+    for k, name in enumerate(kept.names):
+        if k >= kept.grounds and count[k]:
+            shares[name] = count[k] / mask.size
+    return shares
 
 
 def around(mask, k: int, side: int, rng) -> tuple:
     """A window [x0, y0, x1, y1) inside the picture around a pixel of class k."""
-    rows, columns = np.nonzero(mask == k)
-    chosen = rng.randrange(len(rows))
-    corner = []
-    for middle, whole in ((columns[chosen], mask.shape[1]), (rows[chosen], mask.shape[0])):
-        first = int(middle) - side // 2
-        corner.append(min(max(0, first), whole - side))
-    x, y = corner
+    places = np.argwhere(mask == k)                                                   # [n,2]
+    middle = places[rng.randrange(len(places))]
+    last = np.subtract(mask.shape, side)                       # the lowest and rightmost window
+    y, x = np.clip(middle - side // 2, 0, last).tolist()
     return x, y, x + side, y + side
 
 
@@ -116,8 +117,8 @@ def windows_in(folder: Path, kept: Kept, side: int, each: int, whole: bool, rng)
         large = [name for name, share in covered(mask, kept).items() if share > enough]
         for name in rng.sample(large, min(each, len(large))):
             box = around(mask, kept.names.index(name), side, rng)
-            x0, y0, x1, y1 = box
-            yield Window(split, image.crop(box), mask[y0:y1, x0:x1], '', depth)
+            part = Image.fromarray(mask).crop(box)
+            yield Window(split, image.crop(box), np.array(part), '', depth)
 
 
 # ---- questions ----
@@ -140,13 +141,12 @@ def regions_in(mask, kept: Kept) -> list[Region]:
             continue
         inside = mask == kept.names.index(name)
         rows, columns = np.nonzero(inside)
-        corners = []
-        for cell in range(4):
-            row, column = divmod(cell, 2)
-            top, left = row * h // 2, column * w // 2
-            corners.append(inside[top:top + h // 2, left:left + w // 2].mean())
-        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-        found.append(Region(name, share, columns.mean() / w, rows.mean() / h, corners, box))
+        quarters = [part for half in np.array_split(inside, 2) for part in np.array_split(half, 2, 1)]
+        corners = [quarter.mean() for quarter in quarters]
+        x = columns.mean() / w
+        y = rows.mean() / h
+        box = Image.fromarray(inside).getbbox()
+        found.append(Region(name, share, x, y, corners, box))
     return sorted(found, key=lambda region: region.x)
 
 

@@ -16,7 +16,7 @@ COLOURS = [(90, 90, 90), (250, 0, 0), (0, 0, 250), (0, 250, 0)]
 
 
 def folder_of(root, n=24):
-    """Pictures of 60 x 40: a red cat, a blue dog of another size, a green flea; colour tells the class."""
+    """Pictures of 60 x 40: a red cat, a blue dog, a green flea. depth: each is nearer in turn."""
     rng = np.random.default_rng(0)
     root.mkdir()
     (root / 'classes.json').write_text(json.dumps({'mask_classes': CLASSES}))
@@ -26,18 +26,19 @@ def folder_of(root, n=24):
         lines = []
         for i in range(n):
             mask = np.zeros((40, 60), np.uint8)
-            for k, middle in ((1, 15), (2, 45)):
+            for k in (1, 2):
+                half = mask[:, 30 * k - 30:30 * k]
                 h, w = rng.integers(8, 20, 2)
-                y, x = rng.integers(0, 20), middle - 15 + rng.integers(0, 10)
-                mask[y:y + h, x:x + w] = k
+                y, x = rng.integers(0, 20), rng.integers(0, 10)
+                half[y:y + h, x:x + w] = k
             mask[39, 59] = 3
             pixels = np.array(COLOURS, np.uint8)[mask]                                # [40,60,3]
             pixels[:, :, 1] += rng.integers(0, 5, mask.shape, dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f'{i}.png')
             Image.fromarray(mask).save(folder / f'{i}m.png')
             objects = [{'name': 'cat', 'depth': i % 2}, {'name': 'dog', 'depth': 1 - i % 2}]
-            row = {'file_name': f'{i}.png', 'mask': f'{i}m.png', 'caption': 'animals', 'objects': objects}
-            lines.append(json.dumps(row))
+            files = {'file_name': f'{i}.png', 'mask': f'{i}m.png'}
+            lines.append(json.dumps({**files, 'caption': 'animals', 'objects': objects}))
         (folder / 'metadata.jsonl').write_text('\n'.join(lines))
     return root
 
