@@ -3,6 +3,7 @@
     python -m experiments.prepare pets DOWNLOADS OUT    Oxford-IIIT Pet: photographs, trimaps, 37 breeds
     python -m experiments.prepare coco DOWNLOADS OUT    COCO 2017 (or its format): objects, captions
     python -m experiments.prepare digits OUT            scenes of MNIST digits (see digits.py)
+    python -m experiments.prepare windows FOLDER OUT    parts of a folder's pictures (see windows.py)
 
 None downloads anything: `-h` of each says what to fetch and from where. Captions and questions are made
 by rule from the annotations; the same --seed gives the same text. Pictures are kept whole up to --side
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw
 
 import data
 from data import UserError
-from experiments import digits
+from experiments import digits, windows
 
 SPLITS = ('train', 'validation', 'test')
 PETS = """Fetch images.tar.gz and annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets/
@@ -523,6 +524,21 @@ def digit_scenes(a):
             writer.row(split, image, mask, objects, caption=caption, qa=qa)
 
 
+# ---- windows of a folder ----
+def window_rows(a):
+    """The command `windows`."""
+    if a.each < 1 or a.classes < 1:
+        raise UserError(f'--each is {a.each}, --classes {a.classes}: 1 or more of both')
+    grounds = [name for name in a.ground.split(',') if name]
+    kept = windows.kept_classes(a.downloads, a.classes, grounds)
+    left_out = a.without.split(',')
+    with Writer(a.out, a.side, kept.names) as writer:
+        for row in windows.asked_windows(a.downloads, kept, a.side, a.each, a.whole, left_out, a.seed):
+            split, image, mask, objects, caption, asked_of_it = row
+            qa = [question(*words) for words in asked_of_it]
+            writer.row(split, image, mask, objects, caption=caption, qa=qa)
+
+
 # ---- command line ----
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -545,6 +561,17 @@ def main(argv=None):
     q.add_argument('--limit', type=int, default=8000, help='scenes to train on (default 8000)')
     q.add_argument('--seed', type=int, default=0, help='of scenes and questions (default 0)')
     q.set_defaults(run=digit_scenes, downloads=Path('.'))
+    q = sub.add_parser('windows', description=windows.__doc__, formatter_class=raw, allow_abbrev=False)
+    q.add_argument('downloads', metavar='folder', type=Path, help='one that train.py --data reads')
+    q.add_argument('out', type=Path, help='folder to write; it must not exist')
+    q.add_argument('--side', type=int, default=32, help='side of what is written (default 32)')
+    q.add_argument('--each', type=int, default=2, help='windows a picture at most (default 2)')
+    q.add_argument('--whole', action='store_true', help='whole pictures, made smaller')
+    q.add_argument('--classes', type=int, default=12, help='that are asked about (default 12)')
+    q.add_argument('--ground', default='', help='classes not asked about (default: the first)')
+    q.add_argument('--without', default='', help='types of question to leave out')
+    q.add_argument('--seed', type=int, default=0, help='of windows and questions (default 0)')
+    q.set_defaults(run=window_rows, limit=0)
     a = p.parse_args(argv)
     if not a.downloads.is_dir():
         raise UserError(f'there is no folder {a.downloads}')
