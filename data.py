@@ -41,6 +41,7 @@ class UserError(Exception):
 
 def guard(main):
     """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
+    sys.stdout.reconfigure(errors='replace')                   # a terminal may not know all letters
     try:
         main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
@@ -49,7 +50,10 @@ def guard(main):
             message += ' (missing? no room? try --out)'
         print(message, file=sys.stderr)
         sys.exit(2)
-    except Exception:
+    except Exception as e:
+        if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+            print('error: out of memory: smaller batches or pictures need less', file=sys.stderr)
+            sys.exit(2)
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
         raise
 
@@ -63,6 +67,9 @@ def written_whole(path):
         yield part
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
+        mask = os.umask(0)                                     # the only way to ask for it
+        os.umask(mask)
+        os.chmod(part, 0o666 & ~mask)                          # some libraries write for their user alone
         os.replace(part, path)
     except BaseException:                                      # Ctrl-C too
         part.unlink(missing_ok=True)

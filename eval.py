@@ -548,7 +548,8 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
             read = classes_of(y, r.palette)
             scores['mask_ceiling'] = miou(read, r.classes, len(r.palette))
     used = int((count > 0).sum())
-    scores['used'] = share(used, K)
+    most = min(K, int(count.sum()))                            # few pictures cannot use all codes
+    scores['used'] = share(used, most)
     p = count / count.sum()                                                           # [K]
     entropy = torch.special.entr(p).sum()                      # nats a code
     scores['perplexity'] = entropy.exp().item()

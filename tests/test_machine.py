@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, TEST, leave_out, same_bits, weights
 
+import data
 import train
 
 AUTO = ['--preset', 'test', '--device', 'cpu']
@@ -145,3 +146,30 @@ def test_openmp_waits_politely_unless_the_user_says_how(given, spins):
     command = [sys.executable, '-c', 'import data']
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert f'GOMP_SPINCOUNT = {spins}' in done.stderr
+
+
+# ---- the machine's own limits ----
+def test_a_file_has_the_mode_that_the_umask_says(tmp_path):
+    old = os.umask(0o022)
+    try:
+        with data.written_whole(tmp_path / 'x') as part:
+            part.write_text('x')
+            part.chmod(0o600)
+    finally:
+        os.umask(old)
+    assert (tmp_path / 'x').stat().st_mode & 0o777 == 0o644
+
+
+def test_letters_that_the_terminal_does_not_know_are_replaced():
+    code = 'import data; data.guard(lambda: print("a \\u732b"))'
+    how = dict(os.environ, PYTHONIOENCODING='cp1252')
+    done = subprocess.run([sys.executable, '-c', code], env=how, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout.strip() == b'a ?'
+
+
+def test_out_of_memory_is_one_line():
+    code = 'import data, torch; data.guard(lambda: torch.empty(2**50))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: out of memory')
