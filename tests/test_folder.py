@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import folder as folders
+import sample
 import train
 from data import UserError
 from folder import Folder
@@ -528,9 +529,34 @@ def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, capsys):
     again = json.loads((out / 'scores_test.json').read_text())
     for part in ('understanding', 'generation'):
         assert again[part] == scores[part]
-    change(root, 0, caption='a block')
+    # a map of class numbers, as large as the picture
+    picture = root / 'test' / '0.png'
+    path = tmp_path / 'map.png'
+    words_of_sample = ['segment', str(picture), '--checkpoint', str(out / 'model.safetensors')]
+    sample.main([*words_of_sample, '--out', str(path)])
+    with Image.open(path) as im:
+        assert im.mode == 'P'
+        assert im.size == (24, 16)
+        found = set(np.array(im).flatten().tolist())
+    assert found <= {0, 1, 2, 3}
+    said = capsys.readouterr().out
+    for number in found:
+        assert f"{number} {['background', *INKS][number]}: " in said
+    # the same pictures elsewhere; others
+    moved = root.rename(tmp_path / 'moved')
+    words[words.index(str(root))] = str(moved)
+    train.main([*words, '--resume', '--save_every', '7'])
+    change(moved, 0, caption='a block')
     with pytest.raises(UserError, match='has changed since the run began'):
         train.main([*words, '--resume'])
+    measure = ['--run', str(out), '--n', '16', '--data', str(moved)]
+    with pytest.raises(UserError, match='--other_data'):
+        evaluation.main(measure)
+    evaluation.main([*measure, '--other_data'])
+    classes = {'mask_classes': ['background', 'green', 'blue', 'red']}
+    (moved / 'classes.json').write_text(json.dumps(classes))
+    with pytest.raises(UserError, match='other classes'):
+        evaluation.main([*measure, '--other_data'])
 
 
 # ---- measuring ----
