@@ -220,7 +220,7 @@ class Text:
     def decode(self, ids) -> str:
         ids = takewhile(lambda i: i != self.end, ids)          # what follows the end says nothing
         plain = [i for i in ids if i < self.answer]
-        return CONTROL.sub(' ', self.bpe.decode(plain)).strip()
+        return self.bpe.decode(plain).strip()
 
     @staticmethod
     def from_corpus(texts, size=512):

@@ -637,8 +637,8 @@ def main(argv=None):
     if world.names != meta['classes']:
         raise UserError(f"{folder} has other classes than {run} learned: {meta['classes']}")
     if world.checksum != meta['checksum'] and not a.other_data:
-        raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure on '
-                        'other pictures with --other_data')
+        raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure '
+                        'on other pictures with --other_data')
     if meta['stage'] == 'pretrain' and meta['step'] == 0:
         umm = None                                             # not trained yet
     scores = evaluate(umm, tok, world, a.n, s.get('cfg', 2.), a.split)

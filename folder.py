@@ -92,6 +92,8 @@ def upright(path) -> Image.Image:
             im = im.convert('RGBA')                            # of every other mode
             white = Image.new('RGBA', im.size, 'white')
             return Image.alpha_composite(white, im).convert('RGB')
+    except FileNotFoundError:
+        raise UserError(f'there is no picture {path}')
     except UserError:                                          # from above
         raise
     except Exception as e:                           # PIL raises many kinds on broken files
@@ -336,6 +338,7 @@ class Folder(DataSet):
 
     def fits(self, row: dict, bad: list) -> bool:
         """Are its texts short enough?"""
+        # a position for each token, and no more, was given to the model
         # (what is read, what is written, tokens that follow)
         texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
         texts.append((row['caption'], row['plan'], MAX_PLAN))
@@ -389,6 +392,7 @@ class Folder(DataSet):
     def fingerprint(self) -> str:
         """A hash of size and time of all files in the folder (not of hidden ones, nor of those that
         rows name elsewhere): another one when any of them changes."""
+        # times and sizes, not contents: reading all files would take as long as decoding them
         known = []
         for name in sorted(glob.glob('**', root_dir=self.root, recursive=True)):
             path = self.root / name
@@ -415,7 +419,8 @@ class Folder(DataSet):
         # by the last digit of a number that follows from a picture's pixels
         self.aside = {('train', digit): split for digit, split in enumerate(lacking)}
         if lacking:
-            print(f"{self.root}: no metadata.jsonl for {' and '.join(lacking)}: about a tenth of train is "
+            without = ' and '.join(lacking)
+            print(f'{self.root}: no metadata.jsonl for {without}: about a tenth of train is '
                   'set aside for each')
         return found
 
@@ -446,6 +451,7 @@ class Folder(DataSet):
 
     def read_splits(self, kept: dict, bad: list):
         """Fills kept, {split: [(row, arrays)]}, and bad, messages."""
+        # a digit of the pixels decides, so that the same picture always goes to the same split
         seen = {}                                              # picture: its split
         for split, meta in self.meta.items():
             for n, line in enumerate(tqdm(self.lines(meta), f'reading {split}', delay=2), 1):

@@ -236,6 +236,7 @@ def map_of_classes(pictures, names: list, size: tuple) -> Image.Image:
     numbers = data.classes_of(pictures, colours).byte().cpu()                         # [n,S,S]
     width, height = size
     canvas = Image.new('L', (width * len(numbers), height))
+    # never blended: between class 1 and class 3 there is no class 2
     for i, one in enumerate(numbers):
         large = Image.fromarray(one.numpy()).resize(size, Image.NEAREST)
         canvas.paste(large, (i * width, 0))
@@ -265,7 +266,8 @@ def main(argv=None):
     if a.task == 'draw':
         codes, plans = draw(umm, text, prompts, **how)                                # [n,N]
         for plan in plans:                                     # what it means to draw
-            print('plan:', plan)
+            # a text from a folder may hold what a terminal would obey
+            print('plan:', data.CONTROL.sub(' ', plan))
         pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
         photo = upright(a.image)
@@ -274,7 +276,7 @@ def main(argv=None):
         s = data.pack(text, [[(words, None)] for words in prompts], image, device)
         if a.task in ('ask', 'caption'):
             for answer in write(umm, text, s, 64, **how):
-                print(answer)
+                print(data.CONTROL.sub(' ', answer))
             return
         if a.task == 'reconstruct':
             pictures = torch.cat([x, tok.decode(tok.encode(x))])       # before and after

@@ -355,8 +355,8 @@ class Run:
             text = self.begin_from(s.init)
         self.world = self.open_data(text)
         if s.resume and self.world.checksum != meta.get('checksum', 0):
-            raise UserError(f'{s.data} is not what the run began with, or has changed since the run began: '
-                            'restore it or --overwrite this')
+            raise UserError(f'{s.data} is not what the run began with, or has changed since the run '
+                            'began: restore it or --overwrite this')
         if s.proxy not in (*self.world.maps, 'seg', 'none'):   # without masks seg is switched off
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.maps)} or none")

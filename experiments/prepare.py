@@ -540,7 +540,7 @@ def decompressed(shape: dict) -> list:
     try:
         from pycocotools import mask as rle
     except ImportError:
-        raise UserError('compressed run lengths need pip install -r experiments/requirements-prepare.txt')
+        raise UserError('compressed run lengths: pip install -r experiments/requirements-prepare.txt')
     down = rle.decode(shape).T.ravel()                                                # [W*H]
     changes = np.flatnonzero(np.diff(down, prepend=0))
     ends = [*changes.tolist(), len(down)]
