@@ -169,6 +169,13 @@ def picture(r: Rendering):
     return r.image
 
 
+def classes_of(images, palette=PALETTE):
+    """Generated maps [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
+    colours = palette.to(images.device) / 255                                         # [k,3]
+    pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
+    return torch.cdist(pixels, colours).argmin(-1)                                    # [B,S,S]
+
+
 @dataclass(frozen=True)
 class Map:
     """All that the project knows of one kind of map."""
@@ -192,6 +199,7 @@ MAPS = {
 }
 
 # ---- text tokens ----
+CONTROL = re.compile('[\x00-\x1f\x7f-\x9f]')   # characters that a terminal obeys
 BYTES = [bytes([b]) for b in range(256)]
 
 
@@ -318,6 +326,7 @@ class DataSet:
     exact = False                    # objects are data.Object: drawings can be verified by rule
     chance: dict = {}                # accuracy of guessing by type of question, where it is known
     example = 'a picture'            # a caption, to show what can be asked for
+    names: list = []                 # of the classes
     checksum = 0                     # of the data, to notice that they have changed
     vocab = 512                      # text tokens to train
 
@@ -820,6 +829,7 @@ class World(DataSet):
     asked = KINDS
     asked_late = FINDING
     annotated = ('classes', 'instance', 'depth')
+    names = list(CLASSES)
     captions = True
     exact = True
     chance = CHANCE

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import COLOURS, MAPS, SHAPES, DataSet, Object, UserError
+from data import COLOURS, MAPS, SHAPES, DataSet, Object, UserError, classes_of
 from folder import open_world
 from model import draw, load
 
@@ -484,13 +484,6 @@ def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
 # A generated map is a picture. Its classes are read off by colour, pixel by pixel, never by comparing
 # codes: several codes may stand for the same pixels. What the tokenizer cannot draw, no model can: the
 # score of true maps after its round trip is the ceiling.
-def classes_of(images, palette=data.PALETTE):
-    """Segmentation pictures [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
-    colours = palette.to(images.device) / 255                                         # [k,3]
-    pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
-    return torch.cdist(pixels, colours).argmin(-1)                                    # [B,S,S]
-
-
 def miou(pred, true, k=len(data.CLASSES)) -> dict:
     """Mean over the classes that occur of intersection over union, pooled over pictures [n, S, S] with
     classes < k; pixels whose true class is 255 do not count. Bootstrapped over pictures."""
@@ -630,6 +623,7 @@ def main(argv=None):
     p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
+    p.add_argument('--other_data', action='store_true', help='measure although the data differ')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     p.add_argument('--device', default='auto', help='cpu, cuda, mps or auto (default %(default)s)')
     a = p.parse_args(argv)
@@ -641,6 +635,11 @@ def main(argv=None):
     s = meta['settings']
     folder = a.data or s.get('data')
     world = open_world(folder, umm.c.size, 0, device, text, s.get('skip_bad'))
+    if world.names != meta['classes']:
+        raise UserError(f"{folder} has other classes than {run} learned: {meta['classes']}")
+    if world.checksum != meta['checksum'] and not a.other_data:
+        raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure '
+                        'on other pictures with --other_data')
     if meta['stage'] == 'pretrain' and meta['step'] == 0:
         umm = None                                             # not trained yet
     scores = evaluate(umm, tok, world, a.n, s.get('cfg', 2.), a.split)

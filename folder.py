@@ -1,9 +1,11 @@
 """Real pictures: a folder with captions, questions and masks as a data set.
 
     python train.py --data DIR      DIR is laid out as Hugging Face's ImageFolder:
-                                    {train,validation,test}/metadata.jsonl and the files these name
+                                    {train,validation,test}/metadata.jsonl and the files these name;
+                                    for splits that are not there a tenth of train each is set aside
 
-A line of metadata.jsonl is a JSON object; paths are relative to its folder. Its keys:
+A line of metadata.jsonl is a JSON object; paths are relative to its folder. Its keys (and others of
+Hugging Face for the same: text, mask_file_name, depth_file_name):
     file_name                       PNG or JPEG of any size and mode
     caption, mask, depth            in every line or not used; mask: indexed PNG as large as the picture,
                                     class ids as named in order in DIR/classes.json, 255 = ignored;
@@ -13,9 +15,12 @@ A line of metadata.jsonl is a JSON object; paths are relative to its folder. Its
                                     pixels of the upright picture, as for the mask
 """
 import contextlib
+import glob
 import hashlib
 import json
+import math
 import random
+import re
 import warnings
 import zlib
 from collections import Counter
@@ -28,10 +33,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import (MAX_PLAN, MAX_TEXT, PALETTE, REASON, SPLITS, DataSet, Rendering, UserError, World,
+from data import (CONTROL, MAX_PLAN, MAX_TEXT, PALETTE, SPLITS, DataSet, Rendering, UserError, World,
                   python_random, written_whole)
 
-FORMAT = 2                     # of the cache: counts changes of what it holds
+FORMAT = 3                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
 THIRDS = (                     # where an object lies, row by row
     'top left', 'top center', 'top right',
@@ -40,6 +45,16 @@ THIRDS = (                     # where an object lies, row by row
 )
 MOST_PLANNED = 8               # objects in a plan: the largest ones
 ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field of a Rendering
+OTHER_KEYS = {'text': 'caption', 'mask_file_name': 'mask', 'depth_file_name': 'depth'}
+EXAMPLES = {
+    'qa': '[{"question": "Is it a cat?", "answer": "yes", "type": "exist"}]',
+    'objects': '[{"name": "cat", "bbox": [x0, y0, x1, y1]}]',
+}
+FOLDERS = {                    # of a split: names that people give it; '.' is the folder itself
+    'train': ('train', '.'),
+    'val': ('validation', 'val', 'valid', 'dev'),
+    'test': ('test',),
+}
 
 
 # ---- pictures ----
@@ -87,10 +102,13 @@ def upright(path) -> Image.Image:
 
 
 def stretched(im: Image.Image) -> Image.Image:
-    """Numbers of any range as 8 bits: from 0 for the least to 255 for the largest that occurs."""
-    a = np.asarray(im, dtype=np.float32)
-    span = max(1e-6, np.ptp(a))
-    a = (a - a.min()) / span * 255
+    """Numbers of any range as 8 bits: from 0 for the least to 255 for the largest that occurs, both
+    finite; what is not becomes the nearer of the two, NaN the least."""
+    a = np.asarray(im, dtype=np.float64)
+    finite = a[np.isfinite(a)]
+    low, high = finite.min(), finite.max()
+    a = np.nan_to_num(a, nan=low, posinf=high, neginf=low) - low
+    a *= 255 / max(1e-6, high - low)
     return Image.fromarray(a.astype(np.uint8))
 
 
@@ -109,22 +127,28 @@ def read_image(path, size: int):
 # What a stranger wrote is not trusted: every value is looked at once, here; nothing later has to.
 # The caller adds file and line to the message.
 def text_of(value, key: str) -> str:
-    """A text with single spaces, of a value that may be anything."""
-    if type(value) is not str or not value.strip():
-        raise ValueError(f'{key} is {value!r:.40}: it must be a text')
-    value.encode()                                             # lone surrogates: ValueError
-    return ' '.join(value.split())
+    """A text with single spaces and no control characters, of a value that may be anything."""
+    if type(value) is str:
+        value.encode()                                         # lone surrogates: ValueError
+        text = ' '.join(CONTROL.sub(' ', value).split())
+        if text:
+            return text
+    raise ValueError(f'{key} is {value!r:.40}: it must be a text')
+
+
+def answer_of(value) -> str:
+    """A text; numbers and true or false are taken as theirs."""
+    if type(value) in (bool, int, float) and math.isfinite(value):
+        value = str(value)
+    return text_of(value, 'answer')
 
 
 def list_of(row: dict, key: str) -> list[dict]:
     """The list of objects under a key, empty where there is none."""
     found = row.get(key) or []
-    if type(found) is not list:
-        raise ValueError(f'{key} must be a list of objects, {{...}}')
-    for x in found:
-        if type(x) is not dict:
-            raise ValueError(f'{key} must be a list of objects, {{...}}')
-    return found
+    if type(found) is list and all(type(x) is dict for x in found):
+        return found
+    raise ValueError(f'{key} is {found!r:.80}: it must be a list such as {EXAMPLES[key]}')
 
 
 def plan_of(objects: list[dict], width: int, height: int) -> str:
@@ -160,11 +184,11 @@ def said_in(row: dict, width: int, height: int) -> dict:
     if row.get('caption'):                                     # an empty one is none
         said['caption'] = text_of(row['caption'], 'caption')
     for q in list_of(row, 'qa'):
-        kind = text_of(q.get('type', 'question'), 'type')
-        if kind in ('mean', 'reason', *REASON):                # columns of the table of scores
-            raise ValueError(f'the type {kind!r} is taken: choose another name')
+        kind = text_of(q.get('type', 'question'), 'type').lower()          # Colour is colour
+        if kind == 'mean':                                     # the name of all types together
+            kind = 'mean (type)'
         question = text_of(q.get('question'), 'question')
-        answer = text_of(q.get('answer'), 'answer')
+        answer = answer_of(q.get('answer'))
         said['qa'].append((kind, [question.lower(), answer.lower()]))
     said['plan'] = plan_of(list_of(row, 'objects'), width, height)
     return said
@@ -173,33 +197,44 @@ def said_in(row: dict, width: int, height: int) -> dict:
 def read_mask(path, whole: tuple, size: int, classes: int):
     """An indexed PNG, as large as its picture -> classes [size, size]."""
     with Image.open(path) as im:
+        im = ImageOps.exif_transpose(im)                       # as the picture
         if im.size != whole or im.mode not in ('P', 'L'):
             raise ValueError(f'{path.name} is {im.size}, mode {im.mode}; it must have the size of the '
                              f'upright picture, {whole}, and mode P or L')
         mask = np.array(im.resize((size, size), Image.NEAREST))                       # [S,S]
+    # a class without a name would be a colour that means nothing; 255 is ignored
     known = {*range(classes), 255}
     unknown = set(np.unique(mask).tolist()) - known
     if unknown:
-        raise ValueError(f'{path.name} has class {max(unknown)}; classes.json names {classes}')
+        raise ValueError(f'{path.name} has class {max(unknown)}; classes.json names {classes} classes')
     return torch.from_numpy(mask)
 
 
 def read_row(folder: Path, line: str, size: int, classes: int):
-    """A line of metadata.jsonl -> (what is said of its picture, its arrays of bytes: image [3, S, S]
-    and, where the row names them, mask and depth [S, S])."""
+    """A line of metadata.jsonl -> (what is said of its picture, its arrays of bytes: image [3, S, S],
+    mask and depth [S, S], zero where the row names none)."""
     row = json.loads(line)
-    if type(row) is not dict or type(row.get('file_name')) is not str:
+    if type(row) is not dict or not row.get('file_name'):
         raise ValueError('it must be a JSON object with a file_name')
-    im = upright(folder / row['file_name'])
-    arrays = {'image': shrunk(im, size)}
-    if row.get('mask'):
-        arrays['mask'] = read_mask(folder / row['mask'], im.size, size, classes)
-    if row.get('depth'):
-        arrays['depth'] = read_image(folder / row['depth'], size)[0]                  # [S,S]
+    # Hugging Face's own names of what we call by shorter ones
+    for other, key in OTHER_KEYS.items():
+        row[key] = row.get(key) or row.get(other)
+    paths = {}
+    for key in ('file_name', *ANNOTATIONS):
+        if row[key]:
+            text_of(row[key], key)                             # or ValueError; spaces count in a path
+            paths[key] = folder / row[key]
+    im = upright(paths['file_name'])
+    none = torch.zeros(size, size, dtype=torch.uint8)          # where nothing is annotated
+    arrays = {'image': shrunk(im, size), 'mask': none, 'depth': none}
+    if 'mask' in paths:
+        arrays['mask'] = read_mask(paths['mask'], im.size, size, classes)
+    if 'depth' in paths:
+        arrays['depth'] = read_image(paths['depth'], size)[0]                         # [S,S]
     said = said_in(row, *im.size)
     # which annotations there are, to know whether all rows have them
     for key in ANNOTATIONS:
-        said[key] = key in arrays
+        said[key] = key in paths
     return said, arrays
 
 
@@ -211,7 +246,7 @@ def class_names(path: Path) -> list:
         names = json.loads(path.read_bytes())['mask_classes']
         if type(names) is not list or len(names) > 255:
             raise ValueError('a list of 255 names at most')
-    except (ValueError, LookupError, TypeError, RecursionError) as e:
+    except Exception as e:                                     # whatever else it may hold
         raise UserError(f'{path} is not {{"mask_classes": ["background", ...]}}: {e!r:.60}')
     return names
 
@@ -228,24 +263,26 @@ class Folder(DataSet):
         self.root = Path(root)
         self.size = size
         self.skip_bad = skip_bad
-        self.classes = len(class_names(self.root / 'classes.json'))
-        self.palette = palette(self.classes)
+        self.names = class_names(self.root / 'classes.json')
+        self.palette = palette(len(self.names))
+        self.meta = self.metadata()
         self.rows, self.arrays = self.cached()
         # of all that is read, so that --resume notices another folder
-        self.checksum = zlib.crc32(json.dumps(self.rows).encode())
+        self.checksum = zlib.crc32(json.dumps([self.names, self.rows]).encode())
         for k in sorted(self.arrays):
             self.checksum = zlib.crc32(self.arrays[k].numpy(), self.checksum)
         # what there is to learn
-        kinds = {kind for row in self.rows['train'] for kind, _ in row['qa']}
+        kinds = {kind for row in self.all_rows() for kind, _ in row['qa']}
         self.kinds = tuple(sorted(kinds))
         self.example = self.rows['train'][0]['caption'] or self.example
         self.captions = self.all_have('caption')
         self.annotated = tuple(name for key, name in ANNOTATIONS.items() if self.all_have(key))
-        if not self.kinds:                                     # captions alone can be drawn
+        if not self.qa_of('train'):                            # captions alone can be drawn
             print(f'{root}: no qa in train: what needs it is switched off')
+            self.kinds = ()
         if not self.kinds and not self.captions:
             raise UserError(f'{root} has neither captions nor questions: there is nothing to learn')
-        self.warn_of_new_answers()
+        self.check_meaning()
         super().__init__(size, seed, device, text)
         self.check_lengths()
 
@@ -264,131 +301,181 @@ class Folder(DataSet):
                   'what needs it is switched off')
         return not lack
 
-    def warn_of_new_answers(self):
-        """Whole answers are scored: one that training never shows is hardly ever given."""
-        known = {answer for row in self.rows['train'] for _, (_, answer) in row['qa']}
-        asked = []
-        for split in SPLITS[1:]:
-            for row in self.rows[split]:
-                asked += [answer for _, (_, answer) in row['qa']]
-        new = [answer for answer in asked if answer not in known]
-        if new:
-            print(f'{self.root}: {len(new)} of {len(asked)} answers of validation and test never occur '
-                  f'in train, such as {new[0]!r}: they count as wrong')
+    def qa_of(self, split) -> list:
+        """All (type, answer) of a split."""
+        return [(kind, answer) for row in self.rows[split] for kind, (_, answer) in row['qa']]
+
+    def check_meaning(self):
+        """Say what would make scores mean something else than they seem to; UserError where no map can
+        be right."""
+        taught = self.qa_of('train')
+        asked = self.qa_of('val') + self.qa_of('test')
+        for i, what in enumerate(('question types', 'answers')):
+            known = {of_one[i] for of_one in taught}
+            new = [of_one[i] for of_one in asked if of_one[i] not in known]
+            if new:                                            # whole answers are scored
+                print(f'{self.root}: {len(new)} of {len(asked)} {what} of validation and test never '
+                      f'occur in train, such as {new[0]!r}: they count as wrong')
+        plans = ' '.join(row['plan'] for row in self.all_rows())
+        if re.search('top|left', plans) and not re.search('right|bottom', plans):
+            print(f'{self.root}: no object lies at the right or the bottom of any picture. Are its '
+                  'boxes [x, y, width, height]? They must be [x0, y0, x1, y1]')
+        if 'classes' not in self.annotated:
+            return
+        found = self.arrays['train.mask'].unique().tolist()
+        never = [name for i, name in enumerate(self.names) if i not in found]
+        if never and found[1:] == [255]:                       # one class beside it
+            raise UserError(f'{self.root}: the masks of train hold {found[0]} and 255 only. 255 means '
+                            f'ignored; {never[0]} must be {self.names.index(never[0])} in them')
+        if never:
+            print(f'{self.root}: no mask of train holds {never}: they cannot be learned')
 
     def check_lengths(self):
-        """UserError for a text that is too long: it would have no positions in the model. 12 tokens are
-        left for an instruction; a prompt needs room for the plan that follows it."""
-        for row in self.all_rows():
-            # (what is read, what is written, tokens that follow)
-            texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
-            texts.append((row['caption'], row['plan'], MAX_PLAN))
-            for a, b, more in texts:
-                room = MAX_TEXT - 12 - more
-                # cheap first: a token is a byte or more
-                if len((a + b).encode()) < room - 2:
-                    continue
-                n = len(self.text.encode(a)) + len(self.text.encode(b))
-                if n > room:
-                    raise UserError(f"{self.root}: a text about {row['file']} has {n} tokens, at most "
-                                    f'{room}: shorten {a[:40]!r}')
+        """What is too long would have no positions in the model: such rows are bad. 12 tokens are left
+        for an instruction; a prompt needs room for the plan that follows it."""
+        bad = []
+        for split, rows in self.rows.items():
+            self.rows[split] = [row for row in rows if self.fits(row, bad)]
+        self.count(bad)
+
+    def fits(self, row: dict, bad: list) -> bool:
+        """Are its texts short enough?"""
+        # a position for each token, and no more, was given to the model
+        # (what is read, what is written, tokens that follow)
+        texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
+        texts.append((row['caption'], row['plan'], MAX_PLAN))
+        for a, b, more in texts:
+            room = MAX_TEXT - 12 - more
+            # cheap first: a token is a byte or more
+            if len((a + b).encode()) < room - 2:
+                continue
+            n = len(self.text.encode(a)) + len(self.text.encode(b))
+            if n > room:
+                self.refuse(row['at'], f'{n} tokens, at most {room}: shorten {a[:40]!r}', bad)
+                return False
+        return True
+
+    def refuse(self, at: str, why: str, bad: list):
+        """A bad row: with skip_bad it is added to `bad`, else UserError."""
+        message = f'{self.root / at}: {why}'
+        bad.append(message)
+        if not self.skip_bad:
+            raise UserError(f'{message}. Mend the line, or leave it out: --skip-bad')
+
+    def count(self, bad: list):
+        """Say how many rows are left out."""
+        if bad:
+            print(f'{self.root}: left out {len(bad)} bad rows, the first: {bad[0]}')
 
     # -- reading the folder
     def cached(self):
         """-> ({split: rows}, {'split.name': bytes [n, ...]}), from root/.cache, or decoded and kept."""
-        path = self.root / '.cache' / f'{self.size}-{self.fingerprint()}.safetensors'
+        path = self.root / '.cache' / f'{self.size}.safetensors'
+        known = self.fingerprint()
         # no cache, or one that is cut off or foreign: decode again
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):
             arrays = load_file(path)
-            return json.loads(arrays.pop('rows').numpy().tobytes()), arrays
+            of, rows = json.loads(arrays.pop('rows').numpy().tobytes())
+            if of == known:
+                return rows, arrays
         rows, arrays = self.read()
         # the rows travel in the same file, as the bytes of their JSON
-        text = torch.frombuffer(bytearray(json.dumps(rows), 'utf-8'), dtype=torch.uint8)
+        text = bytearray(json.dumps([known, rows]), 'utf-8')
+        arrays['rows'] = torch.frombuffer(text, dtype=torch.uint8)
         try:
             path.parent.mkdir(exist_ok=True)
             with written_whole(path) as part:
-                save_file(arrays | {'rows': text}, part)
-            for old in path.parent.glob(f'{self.size}-*'):
-                if old != path:
-                    old.unlink(missing_ok=True)                # of pictures that have changed
+                save_file(arrays, part)
         except (OSError, SafetensorError) as e:
             print(f'cannot keep {path} ({e}): the next start decodes again')
+        del arrays['rows']
         return rows, arrays
 
     def fingerprint(self) -> str:
-        """A hash of size and time of all files: another one when any of them changes."""
-        files = [self.root / 'classes.json']
-        for split in SPLITS:
-            meta = self.meta(split)
-            files.append(meta)
-            with contextlib.suppress(ValueError, RecursionError):      # read() will tell which line
-                lines = [line for line in self.lines(split) if line.strip()]
-                rows = [json.loads(line) for line in lines]
-                files += files_of(rows, meta.parent)
-        known = []                                             # of the files that exist
-        for path in files:
-            if path.exists():
+        """A hash of size and time of all files in the folder (not of hidden ones, nor of those that
+        rows name elsewhere): another one when any of them changes."""
+        # times and sizes, not contents: reading all files would take as long as decoding them
+        known = []
+        for name in sorted(glob.glob('**', root_dir=self.root, recursive=True)):
+            path = self.root / name
+            if path.is_file():
                 stat = path.stat()
-                known.append((str(path), stat.st_size, stat.st_mtime_ns))
+                known.append((name, stat.st_size, stat.st_mtime_ns))
         key = repr((FORMAT, self.skip_bad, known))
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def meta(self, split) -> Path:
-        """The split's metadata.jsonl; UserError where there is none."""
-        path = self.root / {'val': 'validation'}.get(split, split) / 'metadata.jsonl'
-        if not path.is_file():
-            raise UserError(f'{path} is missing: a folder of pictures has one in each of its splits')
-        return path
+    def metadata(self) -> dict:
+        """{split: its metadata.jsonl, relative to the folder}; UserError without train."""
+        found = {}
+        for split, names in FOLDERS.items():
+            for name in names:
+                path = Path(name, 'metadata.jsonl')
+                if (self.root / path).is_file():
+                    found.setdefault(split, path)
+        if 'train' not in found:
+            there = sorted(path.name for path in self.root.glob('*'))
+            raise UserError(f'there is no {self.root}/train/metadata.jsonl (metadata.csv is not read); '
+                            f'found: {there[:4]}. Write a line for each picture, such as '
+                            '{"file_name": "1.png", "caption": "a cat on the left"}')
+        lacking = [split for split in SPLITS if split not in found]
+        # always the same tenth, whatever else is in the folder:
+        # by the last digit of a number that follows from a picture's pixels
+        self.aside = {('train', digit): split for digit, split in enumerate(lacking)}
+        if lacking:
+            without = ' and '.join(lacking)
+            print(f'{self.root}: no metadata.jsonl for {without}: about a tenth of train is '
+                  'set aside for each')
+        return found
 
-    def lines(self, split) -> list[str]:
-        """Of the split's metadata, a byte order mark left out."""
+    def lines(self, meta) -> list[str]:
+        """Of metadata, a byte order mark left out."""
         try:
-            return self.meta(split).read_text('utf-8-sig').split('\n')
+            return (self.root / meta).read_text('utf-8-sig').split('\n')
         except UnicodeDecodeError as e:
-            raise UserError(f'{self.meta(split)} is not UTF-8: {e}')
+            raise UserError(f'{self.root / meta} is not UTF-8: {e}')
 
     def read(self):
         """Decode all. A bad line ends the program or, with skip_bad, is counted and left out."""
         rows, arrays = {}, {}
-        seen, bad = {}, []                                     # shared by all splits
+        kept = {split: [] for split in SPLITS}                 # of (row, arrays)
+        bad = []                                               # messages
+        self.read_splits(kept, bad)
         for split in SPLITS:
-            kept = self.read_split(split, seen, bad)
-            if not kept:                                       # an empty split measures nothing
-                raise UserError(f'{self.meta(split)} has no row that can be used. {bad[-1:]}')
+            if not kept[split]:                                # an empty split measures nothing
+                meta = self.root / self.meta.get(split, self.meta['train'])
+                raise UserError(f'{meta} has no row for {split} that can be used. {bad[-1:]}')
             if split != 'train':     # in a fixed random order: the first n are then a fair sample of all
-                random.Random(0).shuffle(kept)
-            rows[split] = [row for row, _ in kept]
-            # an annotation counts if every row of the split has it
-            _, first = kept[0]
-            for key in first:
-                found = [arrays_of_row.get(key) for _, arrays_of_row in kept]
-                if all(array is not None for array in found):
-                    arrays[f'{split}.{key}'] = torch.stack(found)
-        if bad:
-            print(f'{self.root}: left out {len(bad)} bad rows, the first: {bad[0]}')
+                random.Random(0).shuffle(kept[split])
+            rows[split] = [row | {'index': i} for i, (row, _) in enumerate(kept[split])]
+            for key in ('image', *ANNOTATIONS):
+                arrays[f'{split}.{key}'] = torch.stack([found[key] for _, found in kept[split]])
+        self.count(bad)
         return rows, arrays
 
-    def read_split(self, split: str, seen: dict, bad: list) -> list:
-        """-> [(row, arrays)]; seen: {picture: split} so far, which grows; bad: messages, which grow."""
-        meta, kept = self.meta(split), []
-        for n, line in enumerate(tqdm(self.lines(split), f'reading {split}', delay=2), 1):
-            if not line.strip():                               # an empty line is no row
-                continue
-            try:
-                row, found = read_row(meta.parent, line, self.size, self.classes)
-                # the same pixels in two splits: the test would know what training showed
-                first = seen.setdefault(found['image'].numpy().tobytes(), split)
-                if first != split:
-                    raise ValueError(f'its picture is in {first} too')
-                kept.append((row, found))
-            except Exception as e:                             # a stranger's data: whatever is wrong
-                why = ' '.join(str(e).split())[:200]
-                if not isinstance(e, (UserError, ValueError)):
-                    why = f'{type(e).__name__}: {why}'
-                bad.append(f'{meta}:{n}: {why}')
-                if not self.skip_bad:
-                    raise UserError(f'{bad[-1]}. Mend the line, or leave it out: --skip-bad')
-        return kept
+    def read_splits(self, kept: dict, bad: list):
+        """Fills kept, {split: [(row, arrays)]}, and bad, messages."""
+        # a digit of the pixels decides, so that the same picture always goes to the same split
+        seen = {}                                              # picture: its split
+        for split, meta in self.meta.items():
+            for n, line in enumerate(tqdm(self.lines(meta), f'reading {split}', delay=2), 1):
+                if not line.strip():                           # an empty line is no row
+                    continue
+                at = f'{meta}:{n}'
+                try:
+                    row, found = read_row(self.root / meta.parent, line, self.size, len(self.names))
+                    pixels = found['image'].numpy().tobytes()
+                    digit = zlib.crc32(pixels) % 10
+                    goes = self.aside.get((split, digit), split)
+                    # the same pixels in two splits: the test would know what training showed
+                    first = seen.setdefault(pixels, goes)
+                    if first != goes:
+                        raise ValueError(f'its picture is in {first} too')
+                    kept[goes].append((row | {'at': at}, found))
+                except Exception as e:                         # a stranger's data: whatever is wrong
+                    why = ' '.join(str(e).split())[:200]
+                    if not isinstance(e, (UserError, ValueError)):
+                        why = f'{type(e).__name__}: {why}'
+                    self.refuse(at, why, bad)
 
     # -- what a data set defines
     def limit(self, split):
@@ -401,19 +488,15 @@ class Folder(DataSet):
         rng = python_random(self.seed, split, stream, index)
         n = len(self.rows[split])                              # rows of the split
         if split == 'train':                                   # again and again
-            chosen = [rng.randrange(n) for _ in range(B)]
+            rows = [self.rows[split][rng.randrange(n)] for _ in range(B)]
         else:
             first = index * B % n
-            chosen = list(range(first, min(first + B, n)))
-        rows = [self.rows[split][i] for i in chosen]
-        # what is not annotated is all zero, and nobody asks for it
-        none = torch.zeros(len(chosen), self.size, self.size, dtype=torch.uint8)
+            rows = self.rows[split][first:first + B]
+        chosen = [row['index'] for row in rows]
         found = {}
-        for key in ('image', 'mask', 'depth', 'instance'):
-            array = self.arrays.get(f'{split}.{key}')
-            bytes_ = none if array is None else array[chosen]
-            found[key] = bytes_.to(self.device)
-        r = Rendering(found['image'] / 255, found['mask'].long(), found['instance'].long(),
+        for key in ('image', *ANNOTATIONS):
+            found[key] = self.arrays[f'{split}.{key}'][chosen].to(self.device)
+        r = Rendering(found['image'] / 255, found['mask'].long(), torch.zeros_like(found['mask']).long(),
                       found['depth'] / 255, self.palette)
         return rows, r, rng
 
@@ -426,7 +509,8 @@ class Folder(DataSet):
                 texts += question_and_answer
             for text in texts:
                 words.update(text.lower().split())
-        return [word for word, _ in words.most_common(1000)]
+        # a word that occurs once teaches nothing about the others
+        return [word for word, n in words.most_common(1000) if n > 1]
 
     def ask(self, scene, kind, rng):
         """All of the row's questions of that type."""
@@ -443,18 +527,6 @@ class Folder(DataSet):
         if style == 'place':
             return scene['plan']
         return None
-
-
-def files_of(rows: list, folder: Path) -> list:
-    """The files that rows of metadata name."""
-    files = []
-    for row in rows:
-        if type(row) is not dict:                              # read() will say so
-            continue
-        for key in ('file_name', 'mask', 'depth'):
-            if type(row.get(key)) is str:
-                files.append(folder / row[key])
-    return files
 
 
 def open_world(folder, size, seed, device, text=None, skip_bad=False) -> DataSet:

@@ -621,7 +621,7 @@ def read_checkpoint(path):
     with safe_open(path, 'pt') as f:
         meta = json.loads(f.metadata()['nanoumm'])
         tensors = {k: f.get_tensor(k).clone() for k in f.keys()}         # not a view of the file
-    for key, kind in (('step', int), ('lines', int), ('settings', dict)):
+    for key, kind in (('step', int), ('lines', int), ('settings', dict), ('classes', list)):
         if type(meta[key]) is not kind:
             raise TypeError(f'{key} is {meta[key]!r:.40}')
     c = Config(**meta['config'])

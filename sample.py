@@ -3,7 +3,7 @@
     python sample.py draw "a red circle left of a blue square"
     python sample.py ask photo.png "how many objects are there?"
     python sample.py caption photo.png
-    python sample.py segment photo.png --out map.png
+    python sample.py segment photo.png --out map.png      class numbers, as large as the picture
     python sample.py reconstruct photo.png        through the tokenizer: picture, its codes, picture
 
 Only the checkpoint is needed: it holds config, weights and text tokens. A picture: PNG or JPEG of any
@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import MAPS, DataSet, UserError
-from folder import read_image
+from folder import palette, shrunk, upright
 from model import draw, load, write
 
 TASKS = {                      # name: (what it does, the map it generates or None)
@@ -229,6 +229,25 @@ def in_a_square(pictures) -> Image.Image:
     return grid(rows, scale=scale, gap=0)
 
 
+def map_of_classes(pictures, names: list, size: tuple) -> Image.Image:
+    """Generated maps [n, 3, S, S] as one indexed picture of class numbers, beside each other, each of
+    that (width, height). Prints which classes they hold, and how much of each."""
+    colours = palette(len(names) or len(data.PALETTE))                                # [classes,3]
+    numbers = data.classes_of(pictures, colours).byte().cpu()                         # [n,S,S]
+    width, height = size
+    canvas = Image.new('L', (width * len(numbers), height))
+    # never blended: between class 1 and class 3 there is no class 2
+    for i, one in enumerate(numbers):
+        large = Image.fromarray(one.numpy()).resize(size, Image.NEAREST)
+        canvas.paste(large, (i * width, 0))
+    canvas.putpalette(colours.flatten().tolist())              # indexed from here on
+    for i, name in enumerate(names):
+        share = (numbers == i).float().mean()
+        if share > 0:
+            print(f'{i} {name}: {share:.1%}')
+    return canvas
+
+
 @torch.no_grad()
 def main(argv=None):
     """Do one task with one checkpoint: print texts, or write one picture."""
@@ -247,21 +266,26 @@ def main(argv=None):
     if a.task == 'draw':
         codes, plans = draw(umm, text, prompts, **how)                                # [n,N]
         for plan in plans:                                     # what it means to draw
-            print('plan:', plan)
+            # a text from a folder may hold what a terminal would obey
+            print('plan:', data.CONTROL.sub(' ', plan))
         pictures = tok.decode(codes)                                                  # [n,3,S,S]
     else:
-        x = read_image(a.image, umm.c.size).to(device)[None] / 255                    # [1,3,S,S]
+        photo = upright(a.image)
+        x = shrunk(photo, umm.c.size).to(device)[None] / 255                          # [1,3,S,S]
         image = x.repeat(a.n, 1, 1, 1)                                                # [n,3,S,S]
         s = data.pack(text, [[(words, None)] for words in prompts], image, device)
         if a.task in ('ask', 'caption'):
             for answer in write(umm, text, s, 64, **how):
-                print(answer)
+                print(data.CONTROL.sub(' ', answer))
             return
         if a.task == 'reconstruct':
             pictures = torch.cat([x, tok.decode(tok.encode(x))])       # before and after
         else:
             pictures = tok.decode(umm.generate(s, **how))                             # [n,3,S,S]
-    save_picture(in_a_square(pictures), a.out)
+    canvas = in_a_square(pictures)
+    if a.task == 'segment':
+        canvas = map_of_classes(pictures, meta['classes'], photo.size)
+    save_picture(canvas, a.out)
     print(f'wrote {a.out}: {len(pictures)} of {checkpoint}')
 
 

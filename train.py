@@ -355,7 +355,8 @@ class Run:
             text = self.begin_from(s.init)
         self.world = self.open_data(text)
         if s.resume and self.world.checksum != meta.get('checksum', 0):
-            raise UserError(f'{s.data} has changed since the run began: restore it or --overwrite this')
+            raise UserError(f'{s.data} is not what the run began with, or has changed since the run '
+                            'began: restore it or --overwrite this')
         if s.proxy not in (*self.world.maps, 'seg', 'none'):   # without masks seg is switched off
             raise UserError(f'--proxy is {s.proxy!r}: {s.data} has no such maps; choose from '
                             f"{', '.join(self.world.maps)} or none")
@@ -387,7 +388,8 @@ class Run:
         if s.threads == 0:
             s.threads = old['threads']
         # these may differ from one start to the next
-        free = ('resume', 'overwrite', 'out', 'device', 'threads', 'until')
+        free = ('resume', 'overwrite', 'out', 'data', 'device', 'threads', 'until', 'log_every',
+                'save_every', 'sample_every')
         for name, value in vars(s).items():
             if name not in free and old.get(name) != value:
                 raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
@@ -450,6 +452,7 @@ class Run:
             'step': step,
             'lines': len(self.lines),
             'checksum': self.world.checksum,
+            'classes': self.world.names,
         }
         save(self.dir / name, tensors, meta)
 

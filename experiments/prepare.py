@@ -10,8 +10,10 @@ by rule from the annotations; the same --seed gives the same text. Pictures are 
 pixels.
 """
 import argparse
+import contextlib
 import json
 import random
+import re
 import shutil
 import tarfile
 from collections import Counter, defaultdict
@@ -24,6 +26,7 @@ from PIL import Image, ImageDraw
 import data
 from data import UserError
 from experiments import digits, windows
+from folder import upright
 
 SPLITS = ('train', 'validation', 'test')
 PETS = """Fetch images.tar.gz and annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets/
@@ -45,7 +48,7 @@ Bengio, Haffner: Gradient-based learning applied to document recognition, 1998."
 class Writer:
     """Writes OUT/{split}/images, masks and metadata.jsonl; the folder appears only when complete."""
 
-    def __init__(self, out: Path, side: int, classes: list):
+    def __init__(self, out: Path, side: int, classes: list, skip_bad=False):
         if out.exists():
             raise UserError(f'{out} is there already: name a new folder')
         if len(classes) > 255:
@@ -54,7 +57,10 @@ class Writer:
         self.out = out
         self.part = out.with_name(out.name + '.part')          # until it is complete
         self.side = side
+        self.skip_bad = skip_bad
+        self.bad = []                                          # messages about what was left out
         self.count = Counter()                                 # pictures by split
+        self.empty = 0                                         # pictures without objects
         self.boxes = 0                                         # how many stand for masks
         shutil.rmtree(self.part, ignore_errors=True)
         self.files = {}
@@ -84,6 +90,18 @@ class Writer:
         self.files[split].write(json.dumps(row) + '\n')
         self.count[split] += 1
 
+    @contextlib.contextmanager
+    def skipping(self, what: str):
+        """with writer.skipping(what): a picture in which something is wrong is UserError with its name,
+        or left out and counted."""
+        try:
+            yield
+        except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+            message = f'{what}: {e}' if isinstance(e, (UserError, ValueError)) else f'{what}: {e!r:.100}'
+            self.bad.append(message)
+            if not self.skip_bad:
+                raise UserError(f'{message}. Mend it, or leave it out: --skip-bad')
+
     def __enter__(self):
         return self
 
@@ -98,8 +116,12 @@ class Writer:
         if empty:
             raise UserError(f'no pictures for {empty[0]}: {dict(self.count)}; is the download complete?')
         self.part.rename(self.out)
+        if self.bad:
+            print(f'left out {len(self.bad)} bad pictures, the first: {self.bad[0]}')
         if self.boxes:
             print(f'{self.boxes} objects have no polygon: their boxes stand for their masks')
+        if self.empty:
+            print(f'{self.empty} pictures hold none of the classes: all background')
         counts = [f'{self.count[split]} {split}' for split in SPLITS]
         print(f'wrote {self.out}: ' + ', '.join(counts))
 
@@ -181,22 +203,26 @@ def write_pets(a, images: Path, notes: Path):
     held = len(trainval) // 10
     rows = {'train': trainval[held:], 'validation': trainval[:held], 'test': test}
     breeds = sorted({(pet.species, pet.breed) for pet in trainval + test})
-    with Writer(a.out, a.side, ['background', 'pet']) as writer:
+    with Writer(a.out, a.side, ['background', 'pet'], a.skip_bad) as writer:
         for split in SPLITS:
             for pet in rows[split][:a.limit or None]:
-                mask = pet_mask(notes / 'trimaps' / f'{pet.file}.png')
-                image = Image.open(images / f'{pet.file}.jpg')
-                height, width = mask.shape
-                if image.size != (width, height):
-                    raise UserError(f'{pet.file}: picture {image.size}, trimap {(width, height)}: '
-                                    'download it again')
-                said = said_of_pet(pet, mask, breeds, rng)
-                writer.row(split, image, Image.fromarray(mask), **said)
+                with writer.skipping(pet.file):
+                    mask = pet_mask(notes / 'trimaps' / f'{pet.file}.png')
+                    image = upright(images / f'{pet.file}.jpg')
+                    height, width = mask.shape
+                    if image.size != (width, height):
+                        raise ValueError(f'picture {image.size}, trimap {(width, height)}: download '
+                                         'it again')
+                    said = said_of_pet(pet, mask, breeds, rng)
+                    writer.row(split, image, Image.fromarray(mask), **said)
 
 
 def pet_mask(path: Path):
     """A trimap (1 pet, 2 ground, 3 border) -> classes: 1 pet, 0 background, 255 ignored."""
-    trimap = np.array(Image.open(path))
+    try:
+        trimap = np.array(Image.open(path))
+    except OSError as e:
+        raise ValueError(f'cannot read {path} ({e})')
     kinds = np.clip(trimap, 1, 3) - 1
     return np.choose(kinds, [1, 0, 255]).astype(np.uint8)
 
@@ -241,15 +267,15 @@ class Notes(NamedTuple):
     path: Path
     split: str
     content: dict
-    pictures: dict             # {id: path} of those that are there
+    pictures: dict             # {id as text: path} of those that are there
+    names: dict                # {category as text: name}
 
 
 def read_json(path: Path) -> dict:
+    """What a file holds; {} if that is no object. UserError if it is not whole."""
     try:
-        content = json.loads(path.read_text('utf-8'))
-        if type(content) is not dict:
-            raise ValueError('not an object')
-        return content
+        content = json.loads(path.read_text('utf-8-sig'))
+        return content if type(content) is dict else {}
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path} is not whole JSON of COCO ({e}): download it again')
 
@@ -259,32 +285,63 @@ def in_one_line(caption: str) -> str:
     return ' '.join(caption.lower().strip(' .\n').split())
 
 
+def holds(content: dict, lists: str, keys: str) -> bool:
+    """Are there lists of these names, and an annotation with all of these keys? Files are known by what
+    is in them: test sets and panoptic maps have names like the others."""
+    for name in lists.split():
+        if type(content.get(name)) is not list:
+            return False
+    wanted = set(keys.split())
+    return any(type(note) is dict and wanted <= set(note) for note in content['annotations'])
+
+
 def read_downloads(root: Path):
-    """All files of annotations under a folder -> ({number of a category: its name}, [(path, content)],
-    {id of a picture: its captions})."""
-    names, files, said = {}, [], defaultdict(list)
+    """All files of annotations under a folder -> ([(path, content)] of objects, {(split, name of a
+    picture): captions}). Captions are joined by the picture's file, as numbers may begin again."""
+    files, said = [], defaultdict(list)
     for path in sorted(root.rglob('*.json')):
         if 'person_keypoints' in path.name:                    # large, beside the instances in the zip
             continue
         content = read_json(path)
-        if 'caption' in path.name:
-            for note in content['annotations']:
-                caption = in_one_line(note['caption'])
-                said[note['image_id']].append(caption)
-        elif 'categories' in content and ('instances' in path.name or 'images' in content):
-            for category in content['categories']:
-                names[category['id']] = category['name'].lower()
+        if holds(content, 'images annotations categories', 'image_id category_id'):
             files.append((path, content))
+        elif holds(content, 'annotations', 'image_id caption'):
+            split = split_of(path.relative_to(root))
+            add_captions(said, split, path, content)
+        else:
+            print(f'{path} holds neither instances nor captions of COCO and is left out')
     if not files:
         raise UserError(f'no instances_*.json under {root}: see -h for where to get it')
-    return names, files, said
+    return files, said
+
+
+def add_captions(said: dict, split: str, path: Path, content: dict):
+    """Of one file, under the names of its pictures, or their numbers where it names none."""
+    try:
+        name_of = {str(im['id']): im['file_name'] for im in content.get('images', [])}
+        for note in content['annotations']:
+            number = str(note['image_id'])
+            name = name_of.get(number, number)
+            said[split, name].append(in_one_line(note['caption']))
+    except (LookupError, TypeError, AttributeError) as e:
+        raise UserError(f'{path}: a picture or a caption of it lacks a key ({e!r:.60})')
+
+
+def names_in(path: Path, content: dict) -> dict:
+    """{number of a category, as text: its name} of one file: another may number them otherwise."""
+    try:
+        return {str(c['id']): c['name'].lower() for c in content['categories']}
+    except (LookupError, TypeError, AttributeError) as e:
+        raise UserError(f'{path}: a category lacks its id or name ({e!r:.60})')
 
 
 def split_of(path: Path) -> str:
-    """The split that the name or the folder of a file of annotations tells, else train."""
-    for split, start in (('train', 'train'), ('validation', 'val'), ('test', 'tes')):
-        for part in path.parts:
-            if start in part.lower():
+    """The split that a file's own name tells, else the nearest folder, as a word; else train."""
+    for part in reversed(path.parts):
+        words = re.split('[^a-z]+', Path(part).stem.lower())
+        for split, names in (('train', 'train training'), ('validation', 'val valid validation dev'),
+                             ('test', 'test testing')):
+            if set(words) & set(names.split()):
                 return split
     return 'train'
 
@@ -318,7 +375,7 @@ def located(notes: Path, images: list, root: Path, pictures: dict) -> dict:
     found = {}
     split = split_of(notes.relative_to(root))
     for im in images:
-        tail = PurePosixPath(im['file_name'])
+        tail = PurePosixPath(im['file_name'].replace('\\', '/'))         # as Windows writes it
         named = pictures[tail.name]
         ends = len(tail.parts)
         paths = [path for path in named if path.parts[-ends:] == tail.parts] or named
@@ -331,25 +388,26 @@ def located(notes: Path, images: list, root: Path, pictures: dict) -> dict:
             a, b, *_ = paths
             raise UserError(f"{notes}: {im['file_name']} may be {a} or {b}: rename one")
         if paths:
-            found[im['id']] = paths[0]
+            found[str(im['id'])] = paths[0]
     lacking = len(images) - len(found)
     if lacking:
         print(f'{notes}: {lacking} of {len(images)} pictures are not there and left out')
     return found
 
 
-def chosen_classes(a, names: dict, files: list[Notes]) -> list:
+def chosen_classes(a, files: list[Notes]) -> list:
     """Those that were asked for, or all, the most frequent first."""
     if not a.classes:
         count = Counter()
         for notes in files:
             for n in notes.content['annotations']:
-                count[names.get(n['category_id'])] += 1
+                count[notes.names.get(str(n.get('category_id')))] += 1
         return [name for name, _ in count.most_common() if name]
     kept = a.classes.split(',')
-    unknown = [name for name in kept if name not in names.values()]
+    there = {name for notes in files for name in notes.names.values()}
+    unknown = [name for name in kept if name not in there]
     if unknown:
-        known = ', '.join(sorted(names.values()))
+        known = ', '.join(sorted(there))
         raise UserError(f'--classes names {unknown[0]!r}; there are: {known:.300}')
     return kept
 
@@ -357,54 +415,78 @@ def chosen_classes(a, names: dict, files: list[Notes]) -> list:
 # ---- COCO: one picture after the other ----
 def coco(a):
     """The command `coco`."""
-    names, contents, said = read_downloads(a.downloads)
+    contents, said = read_downloads(a.downloads)
     pictures = pictures_under(a.downloads)
     files = []
     for path, content in contents:
-        found = located(path, content['images'], a.downloads, pictures)
+        try:
+            for n in content['annotations']:
+                n['image_id'] = str(n['image_id'])             # some write them as texts
+            found = located(path, content['images'], a.downloads, pictures)
+        except (LookupError, TypeError, AttributeError) as e:
+            raise UserError(f'{path}: a picture or an annotation lacks an id or file_name ({e!r:.60})')
         if found:
             split = split_of(path.relative_to(a.downloads))
-            files.append(Notes(path, split, content, found))
+            files.append(Notes(path, split, content, found, names_in(path, content)))
     if not files:
         raise UserError(f'no pictures of these annotations under {a.downloads}: '
                         'see -h for where to get them')
-    kept = chosen_classes(a, names, files)
+    kept = chosen_classes(a, files)
     there = {notes.split for notes in files}
     rng = random.Random(a.seed)
-    with Writer(a.out, a.side, ['background', *kept]) as writer:
+    with Writer(a.out, a.side, ['background', *kept], a.skip_bad) as writer:
         for notes in files:
-            objects = objects_in(notes.content, names, kept)
-            images = [im for im in notes.content['images'] if im['id'] in notes.pictures]
-            images.sort(key=lambda im: im['id'])
-            for k, im in enumerate(images):
-                goes = dealt(notes.split, k, there)
-                full = a.limit and writer.count[goes] >= a.limit
-                if not objects[im['id']] or full:
-                    continue
-                try:
-                    path = notes.pictures[im['id']]
-                    write_coco(writer, goes, path, im, objects[im['id']], kept, said[im['id']], rng)
-                except (LookupError, TypeError, ValueError) as e:
-                    raise UserError(f"{notes.path}: annotations of picture {im['id']} "
-                                    f"({im['file_name']}): {e!r:.100}")
+            write_file(a, writer, notes, kept, there, said, rng)
 
 
-def objects_in(content: dict, names: dict, kept: list) -> dict:
+def write_file(a, writer, notes: Notes, kept: list, there: set, said: dict, rng):
+    """The pictures of one file of annotations; there: the splits that files are for."""
+    objects = objects_in(notes, kept)
+    images = [im for im in notes.content['images'] if str(im['id']) in notes.pictures]
+    images.sort(key=lambda im: (len(str(im['id'])), str(im['id'])))        # numbers by size
+    for k, im in enumerate(images):
+        key = str(im['id'])
+        goes = dealt(notes.split, k, there)
+        if a.limit and writer.count[goes] >= a.limit:
+            continue
+        if not objects[key]:
+            writer.empty += 1                                  # nothing to see is worth knowing, too
+        with writer.skipping(f"{notes.path}: annotations of picture {key} ({im['file_name']})"):
+            captions = said[notes.split, im['file_name']] or said[notes.split, key]
+            write_coco(writer, goes, notes.pictures[key], im, objects[key], kept, captions, rng)
+
+
+def objects_in(notes: Notes, kept: list) -> dict:
     """{id of a picture: [(name of the class, annotation)]}."""
     found = defaultdict(list)
-    for n in content['annotations']:
-        name = names.get(n['category_id'])
-        if name in kept:
+    for n in notes.content['annotations']:
+        name = notes.names.get(str(n.get('category_id')))
+        if name in kept or not name:                           # write_coco() tells what is wrong
             found[n['image_id']].append((name, n))
     return found
 
 
+def boxed(name, n: dict) -> dict:
+    """An annotation with its box, from the corners of its polygons where there is none."""
+    if not name:
+        raise ValueError(f"annotation {n.get('id')} has category {n.get('category_id')!r}, which the "
+                         "file's categories do not name")
+    rings = n.get('segmentation')
+    if n.get('bbox') or type(rings) is not list or not rings:
+        return n
+    corners = [float(v) for ring in rings for v in ring]
+    left, top = min(corners[::2]), min(corners[1::2])
+    box = [left, top, max(corners[::2]) - left, max(corners[1::2]) - top]
+    return n | {'bbox': box}
+
+
 def write_coco(writer, split, path, im, objects, kept, captions, rng):
     """One picture. Objects are painted from the largest to the smallest; crowds are ignored (255)."""
-    image = Image.open(path)
+    image = upright(path)
     width, height = image.size
     if image.size != (im.get('width', width), im.get('height', height)):
         raise ValueError(f"the picture is {image.size}, annotated as {im['width'], im['height']}")
+    objects = [(name, boxed(name, n)) for name, n in objects]
     mask = Image.new('L', image.size)
     found, crowd = [], False                                   # found: (name, [x0, y0, x1, y1])
     for name, n in sorted(objects, key=area_of_box, reverse=True):
@@ -440,6 +522,8 @@ def painted(mask, shape, ink: int) -> bool:
             corners = [round(v) for v in ring]
             paint.polygon(corners, ink)
         return True
+    if shape and isinstance(shape['counts'], str):             # compressed
+        shape = shape | {'counts': decompressed(shape)}
     if shape and isinstance(shape['counts'], list):            # down the columns, first of 0, then of 1
         lengths = shape['counts']
         bits = np.arange(len(lengths)) % 2
@@ -449,6 +533,18 @@ def painted(mask, shape, ink: int) -> bool:
         mask.paste(ink, (0, 0), inside)
         return True
     return False
+
+
+def decompressed(shape: dict) -> list:
+    """Run lengths that COCO wrote as a text -> numbers, down the columns, first of 0."""
+    try:
+        from pycocotools import mask as rle
+    except ImportError:
+        raise UserError('compressed run lengths: pip install -r experiments/requirements-prepare.txt')
+    down = rle.decode(shape).T.ravel()                                                # [W*H]
+    changes = np.flatnonzero(np.diff(down, prepend=0))
+    ends = [*changes.tolist(), len(down)]
+    return np.diff(ends, prepend=0).tolist()
 
 
 def listed(found: list) -> str:
@@ -461,7 +557,7 @@ def listed(found: list) -> str:
         else:
             number = data.NUMBERS[n] if n < 5 else 'many'
             words.append(f'{number} {plural(name)}')
-    return ' and '.join(', '.join(words).rsplit(', ', 1))
+    return ' and '.join(', '.join(words).rsplit(', ', 1)) or 'nothing'
 
 
 def asked(found: list, kept: list, width: int, rng, crowd: bool) -> list:
@@ -552,6 +648,8 @@ def main(argv=None):
                        help='longest side of the pictures written (default 128)')
         q.add_argument('--limit', type=int, default=0, help='pictures a split at most (default: all)')
         q.add_argument('--seed', type=int, default=0, help='of splits and questions (default 0)')
+        q.add_argument('--skip-bad', action='store_true',
+                       help='leave out pictures in which something is wrong, and count them')
         if name == 'coco':
             q.add_argument('--classes', default='', help='comma-separated; default: all, at most 254')
         q.set_defaults(run=run)

@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import folder as folders
+import sample
 import train
 from data import UserError
 from folder import Folder
@@ -257,14 +258,16 @@ def question(text='a?', **keys) -> list:
 ROW = {
     'no file name': dict(file_name=None),
     'newline in a name': dict(file_name='a\nb.png'),
-    'answer is a number': dict(qa=question(answer=3, type='count')),
+    'answer is a list': dict(qa=question(answer=[3], type='count')),
+    'mask is a number': dict(mask=5),
+    'text is too long': dict(caption='word ' * 400),
     'no answer': dict(qa=question()),
     'qa is one object': dict(qa={'question': 'a?', 'answer': 'b'}),
-    'type is taken': dict(qa=question(answer='b', type='mean')),
     'bad box': dict(objects=[{'name': 'x', 'bbox': [1, 2]}]),
     'box of width and height': dict(objects=[{'name': 'x', 'bbox': [12, 8, 6, 7]}]),
     'box is infinite': dict(objects=[{'name': 'x', 'bbox': [0, 0, 1e999, 7]}]),
     'object without a name': dict(objects=[{'bbox': [0, 0, 3, 7]}]),
+    'objects as lists side by side': dict(objects={'bbox': [[1, 2, 3, 4]], 'categories': [0]}),
     'objects are texts': dict(objects=['dog']),
     'caption is a number': dict(caption=7),
     'caption is no Unicode': dict(caption='\ud800'),
@@ -310,7 +313,6 @@ def test_a_bad_row_is_named_with_its_line_or_left_out(root, how, capsys):
     message = str(e.value)
     assert '\n' not in message
     assert len(message) < 600
-    assert not (root / '.cache').exists()
     world = Folder(root, 16, skip_bad=True)
     assert len(world.rows['train']) == 23
     assert 'left out 1 bad row' in capsys.readouterr().out
@@ -334,6 +336,93 @@ def test_a_picture_in_two_splits_is_named(root):
     assert len(Folder(root, 16, skip_bad=True).rows['val']) == 7
 
 
+# ---- labels that mean something else, and what people bring first ----
+def test_masks_of_0_and_255_are_refused(root):
+    (root / 'classes.json').write_text('{"mask_classes": ["background", "cat"]}')
+    for path in root.glob('*/*m.png'):
+        mask = np.zeros((16, 24), np.uint8)
+        mask[4:12] = 255
+        Image.fromarray(mask).save(path)
+    with pytest.raises(UserError, match='0 and 255 only.* cat must be 1'):
+        Folder(root, 16)
+
+
+def test_a_class_that_occurs_nowhere_is_named(root, capsys):
+    classes = {'mask_classes': ['background', *INKS, 'unicorn']}
+    (root / 'classes.json').write_text(json.dumps(classes))
+    Folder(root, 16)
+    assert "no mask of train holds ['unicorn']" in capsys.readouterr().out
+
+
+def test_question_types_are_the_same_in_capitals_and_new_ones_are_named(root, capsys):
+    change(root, 0, 'test', qa=question(answer='red', type='Color'))
+    change(root, 1, 'test', qa=question(answer='red', type='hue'))
+    change(root, 2, 'test', qa=question(answer='red', type='sum'))
+    assert Folder(root, 16).kinds == ('color', 'hue', 'side', 'sum')
+    assert re.search(r"2 of \d+ question types .* such as '(hue|sum)'", capsys.readouterr().out)
+
+
+def test_boxes_of_width_and_height_are_noticed(root, capsys):
+    for split, n in ROWS.items():
+        for k in range(n):
+            change(root, k, split, objects=[{'name': 'x', 'bbox': [1, 3, 8, 8]}])
+    Folder(root, 16)
+    assert 'Are its boxes [x, y, width, height]?' in capsys.readouterr().out
+
+
+def test_numbers_and_booleans_are_answers(root):
+    qa = [*question(answer=3, type='count'), *question(answer=True, type='mean')]
+    change(root, 0, qa=qa)
+    rows = Folder(root, 16).rows['train']
+    assert rows[0]['qa'] == [('count', ['a?', '3']), ('mean (type)', ['a?', 'true'])]
+
+
+def test_the_keys_of_hugging_face_are_read(root):
+    change(root, 0, caption=None, mask=None, text='a\x1b block', mask_file_name='0m.png')
+    row = Folder(root, 16).rows['train'][0]
+    assert row['caption'] == 'a block'
+    assert row['mask']
+
+
+@pytest.mark.parametrize('name', ['val', 'valid', 'dev'])
+def test_other_names_of_splits_are_read(root, name):
+    (root / 'validation').rename(root / name)
+    assert len(Folder(root, 16).rows['val']) == 8
+
+
+def test_a_tenth_of_train_is_set_aside_for_splits_that_are_not_there(root, capsys):
+    shutil.rmtree(root / 'test')
+    (root / 'validation').rename(root / 'old')
+    for k in (1, 2, 3):                                    # the same picture goes to the same split
+        shutil.copy(root / 'train' / '0.png', root / 'train' / f'{k}.png')
+    world = Folder(root, 16)
+    assert 'about a tenth of train is set aside' in capsys.readouterr().out
+    assert sum(len(rows) for rows in world.rows.values()) == 24
+    homes = [split for split in data.SPLITS for row in world.rows[split]
+             if row['file'] in ('0.png', '1.png', '2.png', '3.png')]
+    assert len(homes) == 4
+    assert len(set(homes)) == 1
+    assert min(len(rows) for rows in world.rows.values()) > 0
+
+
+def test_photographs_alone_get_the_line_to_write(tmp_path):
+    Image.new('RGB', (9, 9)).save(tmp_path / 'IMG_1.JPG')
+    with pytest.raises(UserError, match=r"found: \['IMG_1.JPG'\].*file_name"):
+        Folder(tmp_path, 16)
+
+
+def test_one_number_that_is_not_finite_spoils_no_depth_map(root):
+    depth = np.linspace(0, 1, 16 * 24, dtype=np.float32).reshape(16, 24)
+    depth[3, 3] = np.nan
+    depth[4, 4] = np.inf
+    path = root / 'depth.tiff'
+    Image.fromarray(depth).save(path)
+    read = np.array(folders.upright(path))
+    assert read.min() == 0
+    assert read.max() == 255
+    assert 100 < np.median(read) < 155
+
+
 @pytest.mark.parametrize('text', [
     '["background"]',
     '{"mask_classes": 5}',
@@ -349,7 +438,7 @@ def test_a_wrong_class_list_is_named(root, text):
 
 def test_texts_too_long_for_the_model_are_named(root):
     change(root, 1, 'test', caption='word ' * 400)
-    with pytest.raises(UserError, match='1.png'):
+    with pytest.raises(UserError, match=r'test.metadata\.jsonl:2'):
         Folder(root, 16)
 
 
@@ -440,9 +529,34 @@ def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, capsys):
     again = json.loads((out / 'scores_test.json').read_text())
     for part in ('understanding', 'generation'):
         assert again[part] == scores[part]
-    change(root, 0, caption='a block')
+    # a map of class numbers, as large as the picture
+    picture = root / 'test' / '0.png'
+    path = tmp_path / 'map.png'
+    words_of_sample = ['segment', str(picture), '--checkpoint', str(out / 'model.safetensors')]
+    sample.main([*words_of_sample, '--out', str(path)])
+    with Image.open(path) as im:
+        assert im.mode == 'P'
+        assert im.size == (24, 16)
+        found = set(np.array(im).flatten().tolist())
+    assert found <= {0, 1, 2, 3}
+    said = capsys.readouterr().out
+    for number in found:
+        assert f"{number} {['background', *INKS][number]}: " in said
+    # the same pictures elsewhere; others
+    moved = root.rename(tmp_path / 'moved')
+    words[words.index(str(root))] = str(moved)
+    train.main([*words, '--resume', '--save_every', '7'])
+    change(moved, 0, caption='a block')
     with pytest.raises(UserError, match='has changed since the run began'):
         train.main([*words, '--resume'])
+    measure = ['--run', str(out), '--n', '16', '--data', str(moved)]
+    with pytest.raises(UserError, match='--other_data'):
+        evaluation.main(measure)
+    evaluation.main([*measure, '--other_data'])
+    classes = {'mask_classes': ['background', 'green', 'blue', 'red']}
+    (moved / 'classes.json').write_text(json.dumps(classes))
+    with pytest.raises(UserError, match='other classes'):
+        evaluation.main([*measure, '--other_data'])
 
 
 # ---- measuring ----

@@ -230,6 +230,87 @@ def test_bad_downloads_are_named_and_nothing_is_written(tmp_path, pets):
     assert not out.exists()
 
 
+def split_files(coco, first: dict, second: dict):
+    """The pictures 0 to 9 as train, the others as val; both with the given keys of content."""
+    content = content_of(coco)
+    (coco / 'instances_val2017.json').unlink()
+    for path, ids, keys in (('instances_train2017.json', range(10), first),
+                            ('instances_val2017.json', range(10, 20), second)):
+        part = dict(content, **keys)
+        part['images'] = [im for im in content['images'] if im['id'] in ids]
+        part['annotations'] = [n for n in content['annotations'] if n['image_id'] in ids]
+        path = coco / 'annotations_trainval2017' / path        # its folder's name says train and val
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(part))
+
+
+def test_numbers_of_categories_belong_to_their_file(coco, tmp_path):
+    """Dog and cup have each other's numbers in the second file."""
+    other = [{'id': 9, 'name': 'dog'}, {'id': 7, 'name': 'cup'}]
+    split_files(coco, {}, {'categories': other})
+    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    assert len(rows_of(tmp_path / 'out', 'validation')) == 10
+    for split, left in (('train', 'dog'), ('validation', 'cup')):
+        for row in rows_of(tmp_path / 'out', split):
+            name, = [o['name'] for o in row['objects'] if o['bbox'][0] == 2]
+            assert name == left
+
+
+def test_files_of_other_kinds_are_left_out_and_ids_may_be_texts(coco, tmp_path, capsys):
+    content = content_of(coco)
+    for n in content['annotations']:
+        n['image_id'] = str(n['image_id'])
+    del content['annotations'][0]['bbox']                  # the polygon tells it
+    text = json.dumps(content)
+    (coco / 'instances_val2017.json').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    (coco / 'panoptic_val2017.json').write_text('{"images": [], "annotations": [{"image_id": 1}]}')
+    (coco / 'list.json').write_text('[1]')
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    said = capsys.readouterr().out
+    assert 'panoptic_val2017.json holds neither' in said
+    assert 'list.json holds neither' in said
+    assert '16 train, 2 validation, 2 test' in said
+
+
+def test_a_bad_picture_is_left_out_and_one_without_objects_is_kept(coco, tmp_path, capsys):
+    content = content_of(coco)
+    del content['annotations'][4]['category_id']           # of picture 2
+    content['annotations'] = [n for n in content['annotations'] if n['image_id'] != 3]
+    (coco / 'instances_val2017.json').write_text(json.dumps(content))
+    refused(['coco', coco, tmp_path / 'out'], 'picture 2 .*category None.*--skip-bad')
+    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--skip-bad'])
+    said = capsys.readouterr().out
+    assert 'left out 1 bad pictures' in said
+    assert '1 pictures hold none of the classes' in said
+    assert '15 train, 2 validation, 2 test' in said
+
+
+def test_pictures_are_read_as_for_training(coco, tmp_path):
+    """Turned upright, as the annotations are."""
+    content = content_of(coco)
+    for im in content['images']:
+        path = coco / 'pictures' / im['file_name']
+        exif = Image.Exif()
+        exif[0x0112] = 3                                   # upside down
+        picture = Image.new('RGB', (60, 40), 'white')
+        picture.paste('black', (30, 0, 60, 40))
+        picture.save(path, exif=exif, quality=95)
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    picture = Image.open(tmp_path / 'out' / 'train' / 'images' / '000000.png')
+    assert picture.getpixel((5, 5)) == (0, 0, 0)
+
+
+def test_compressed_run_lengths_are_decoded(tmp_path):
+    mask = pytest.importorskip('pycocotools.mask')
+    bits = np.zeros((40, 60), np.uint8)
+    bits[4:12, 40:42] = 1
+    shape = mask.encode(np.asfortranarray(bits))
+    shape['counts'] = shape['counts'].decode()
+    drawn = Image.new('L', (60, 40))
+    assert prepare.painted(drawn, shape, 1)
+    assert (np.array(drawn) == bits).all()
+
+
 def test_pictures_that_are_not_there_are_counted(coco, tmp_path, capsys):
     """As in the official zip, which has the annotations of train2017 beside those of val2017."""
     content = content_of(coco)
