@@ -69,7 +69,7 @@ def written_whole(path):
             os.fsync(f.fileno())
         mask = os.umask(0)                                     # the only way to ask for it
         os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)                          # some libraries write for their user alone
+        os.chmod(part, 0o666 & ~mask)                          # safetensors writes for its user alone
         os.replace(part, path)
     except BaseException:                                      # Ctrl-C too
         part.unlink(missing_ok=True)
