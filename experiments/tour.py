@@ -110,7 +110,9 @@ def build(run: str, timeout=600):
         notebook.cells.append(new(source, id=f'cell-{number}'))
     os.environ['NANOUMM_RUN'] = run                            # read by the first cell
     where = {'metadata': {'path': str(ROOT)}}
-    nbclient.NotebookClient(notebook, timeout=timeout, kernel_name='python3', resources=where).execute()
+    client = nbclient.NotebookClient(notebook, timeout=timeout, kernel_name='python3', resources=where,
+                                     coalesce_streams=True)    # printed lines stay together
+    client.execute()
     for cell in notebook.cells:
         cell.metadata.clear()                                  # times of day
     return notebook
