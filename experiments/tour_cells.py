@@ -485,8 +485,9 @@ for category in ('position', 'counting', 'attribution'):
 show(pictures[:8], titles[:8], across=4, side=2.1)
 
 # %% [markdown]
-# The world is all that it knows. There is no white, no star, no five, no dog and no "no" in it. The
-# model draws something all the same, and does not say that it guesses. Below each sentence its plan.
+# The world is all that it knows. There is no white, no star, no five and no dog in it, and nobody asked
+# it to leave something out. It draws all the same, and does not say that it guesses. Behind each
+# sentence stands the plan that it wrote.
 
 # %%
 strange = [
