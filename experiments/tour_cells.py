@@ -534,9 +534,10 @@ show(tok.decode(guesses), titles, across=4, side=2.1)
 #     evaluation.understanding(umm, tok, Mirrored(c.size, 0, text=text), many)
 #
 # **5.** Exchange red and blue instead, `flip(1)`. *colour falls from .96 to .36.* Which colours are
-# still right? *But shape falls too, from .99 to .80, and "where" to .73.* Why? Then take the colour away,
-# `r.image.mean(1, keepdim=True).expand_as(r.image)`. *Everything falls to chance: mean .29, and shape to
-# .14, although shapes are as plain as before.* How does the model find the thing that it is asked about?
+# still right? *But shape falls too, from .99 to .80, and "where" to .73.* Why? Then take the colour
+# away, `r.image.mean(1, keepdim=True).expand_as(r.image)`. *Everything falls to chance: mean .29, and
+# shape to .14, although shapes are as plain as before.* How does the model find the thing that it is
+# asked about?
 #
 # **6.** Draw without a plan, from the prompt alone. *Right drawings fall from .83 to .01 [.00, .08].*
 # Look at them. What would a model need that plans without words?
@@ -552,16 +553,24 @@ show(tok.decode(guesses), titles, across=4, side=2.1)
 # colour falls to .22 and "where" only to .75; without the second it is the other way round, .84 and
 # .57.* What does each layer do?
 #
-# **8.** Train: a smaller codebook, a minute each. `python train.py --until tokenizer --tok_steps 300 --out
-# out/large`, and again with `--codebook 32 --out out/small`. *PSNR 25.4 [25.1, 25.6] with 512 codes, 23.5
-# [23.3, 23.8] with 32; mIoU of masks .945 and .894.* A code of 32 has 5 bits and not 9: where are they missed?
+# **8.** Train: a smaller codebook, a minute each:
 #
-# **9.** Train: what is not repeated is forgotten. Post-train for 300 steps instead of 840, `python train.py
-# --init out/cpu/pretrained.safetensors --post_steps 300 --out out/short`, and again with `--post_draw 0
-# --out out/forgets`. *Right drawings fall from .65 [.58, .70] to .00 [.00, .04]. But shape
-# rises from .33 [.28, .38] to .62 [.57, .67], and mIoU of the maps from .62 to .80.* Who pays for the drawings?
+#     python train.py --until tokenizer --tok_steps 300 --out out/large
+#     python train.py --until tokenizer --tok_steps 300 --codebook 32 --out out/small
 #
-# **10.** Train: let the maps see their earlier codes. The first command of exercise 9 with `--hide 0 --out
-# out/sees`. *mIoU falls from .62 [.58, .67] to .26 [.24, .29], shape from .33 [.28, .38] to .24 [.20, .29],
-# where chance is .2. Yet the loss of the maps is lower: 1.62 after 160 steps, not 2.26.* Why is a lower loss
+# *PSNR 25.4 [25.1, 25.6] with 512 codes, 23.5 [23.3, 23.8] with 32; mIoU of masks .945 and .894.* A
+# code of 32 says 5 bits and not 9. Where are they missed?
+#
+# **9.** Train: what is not repeated is forgotten. Post-train for 300 steps instead of 840, with and
+# without drawings:
+#
+#     python train.py --init out/cpu/pretrained.safetensors --post_steps 300 --out out/short
+#     python train.py --init out/cpu/pretrained.safetensors --post_steps 300 --post_draw 0 --out out/less
+#
+# *Right drawings fall from .65 [.58, .70] to .00 [.00, .04]. But shape rises from .33 [.28, .38] to
+# .62 [.57, .67], and mIoU of the maps from .62 to .80.* What do the drawings cost, and whom?
+#
+# **10.** Train: let the maps see their earlier codes, `--hide 0` instead of `--post_draw 0`. *mIoU falls
+# from .62 [.58, .67] to .26 [.24, .29], shape from .33 [.28, .38] to .24 [.20, .29], where chance is
+# .2. Yet the loss of the maps is lower, 1.62 instead of 2.26 after 160 steps.* Why is a lower loss
 # worse here?
