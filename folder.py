@@ -152,8 +152,8 @@ def list_of(row: dict, key: str) -> list[dict]:
 
 
 def plan_of(objects: list[dict], width: int, height: int) -> str:
-    """A plan to draw by: 'top left a cat, ...', the largest objects in reading order of the nine thirds
-    of thirds of a picture."""
+    """A plan to draw by: 'top left a cat, ...', the largest objects in reading order of the nine
+    parts of a picture, see THIRDS."""
     found = []
     for o in objects:
         box = o.get('bbox')
@@ -454,7 +454,6 @@ class Folder(DataSet):
 
     def read_splits(self, kept: dict, bad: list):
         """Fills kept, {split: [(row, arrays)]}, and bad, messages."""
-        # a digit of the pixels decides, so that the same picture always goes to the same split
         seen = {}                                              # picture: its split
         for split, meta in self.meta.items():
             for n, line in enumerate(tqdm(self.lines(meta), f'reading {split}', delay=2), 1):
@@ -464,6 +463,7 @@ class Folder(DataSet):
                 try:
                     row, found = read_row(self.root / meta.parent, line, self.size, len(self.names))
                     pixels = found['image'].numpy().tobytes()
+                    # see metadata(): the same picture always goes to the same split
                     digit = zlib.crc32(pixels) % 10
                     goes = self.aside.get((split, digit), split)
                     # the same pixels in two splits: the test would know what training showed

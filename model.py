@@ -398,8 +398,7 @@ class UMM(nn.Module):
         if kvs is None:
             kvs = [KV() for _ in self.blocks]
         if s.image is not None and done == 0:                # later its keys are in kvs
-            image = self.embed_image(s.image)                                         # [B,N,C]
-            self.through_blocks(image, self.rc[None], None, kvs)
+            self.read(s.image, kvs)
         x, turn = self.embed(s, done, hide)                                   # [B,new,C], [B,T']
         T = s.text.shape[1]
         see, at = self.places(turn, T, done)                                  # [B,new,T'], [B,new,2]
@@ -409,6 +408,12 @@ class UMM(nn.Module):
         mask = torch.where(see, 0., -1e4).to(x.dtype)
         mask = mask[:, None]                                                          # [B,1,new,N+T']
         return self.through_blocks(x, at, mask, kvs)
+
+    def read(self, image, kvs):
+        """Pictures [B, 3, S, S] -> their last hidden states [B, N, C]; kvs, from which all else reads
+        them, are filled."""
+        x = self.embed_image(image)                                                   # [B,N,C]
+        return self.through_blocks(x, self.rc[None], None, kvs)
 
     def embed(self, s: Sequence, done: int, hide: float):
         """-> inputs of text and codes from position `done` on [B, new, C], turn of all positions."""

@@ -282,9 +282,10 @@ def main(argv=None):
             pictures = torch.cat([x, tok.decode(tok.encode(x))])       # before and after
         else:
             pictures = tok.decode(umm.generate(s, **how))                             # [n,3,S,S]
-    canvas = in_a_square(pictures)
     if a.task == 'segment':
         canvas = map_of_classes(pictures, meta['classes'], photo.size)
+    else:
+        canvas = in_a_square(pictures)
     save_picture(canvas, a.out)
     print(f'wrote {a.out}: {len(pictures)} of {checkpoint}')
 

@@ -677,13 +677,18 @@ def train_tokenizer(run: Run):
     tok.eval().requires_grad_(False)                           # the codes mean the same from now on
 
 
+def half(run: Run):
+    """Within: products in bfloat16 where the run uses it."""
+    enabled = run.s.dtype == 'bfloat16'
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled)
+
+
 def losses_of(run: Run, seq, target=None, hide=0.):
     """(text loss, pixel loss) of a batch; target: the pictures to generate, [B, 3, S, S]; hide: share of
     them that does not see its earlier codes."""
     if target is not None:
         seq.codes = run.tok.encode(target)
-    half = run.s.dtype == 'bfloat16'
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
+    with half(run):
         return run.umm(seq, hide)
 
 

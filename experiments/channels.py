@@ -54,12 +54,6 @@ def blank(r: Rendering):
 
 
 # ---- channels: the loss of one batch, as train.generated ----
-def half(run):
-    """Within: bfloat16 where the run uses it."""
-    enabled = run.s.dtype == 'bfloat16'
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled)
-
-
 def nothing_before(umm) -> list:
     """Empty keys and values, of each layer."""
     return [KV() for _ in umm.blocks]
@@ -70,9 +64,8 @@ def readout(run, index: int, seq, target, r):
     of the map and no instruction is read."""
     umm = run.umm
     codes = run.tok.encode(target)                                                    # [B,N]
-    with half(run):
-        x = umm.embed_image(seq.image)                                                # [B,N,C]
-        x = umm.through_blocks(x, umm.rc[None], None, nothing_before(umm))
+    with train.half(run):
+        x = umm.read(seq.image, nothing_before(umm))                                  # [B,N,C]
         logits = umm.pixel_head(x)                                                    # [B,N,K]
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
@@ -80,7 +73,6 @@ def readout(run, index: int, seq, target, r):
 def masked(run, index: int, seq, target, r):
     """The codes of the map, of which a random share is hidden: cos(pi/2 u), u uniform. Each code reads
     the picture, the instruction and all codes that are shown; the loss is that of the hidden ones."""
-    umm = run.umm
     codes = run.tok.encode(target)                                                    # [B,N]
     B, N = codes.shape
     share = torch.cos(math.pi / 2 * torch.rand(B, 1, device=codes.device))
@@ -101,10 +93,9 @@ def logits_of_masked(run, seq, codes, hidden, both_sides=True):
     if both_sides:
         see[:, T:, T:] = True
     see = F.pad(see, (N, 0), value=True)                                              # [B,T+N,N+T+N]
-    with half(run):
+    with train.half(run):
         kvs = nothing_before(umm)
-        image = umm.embed_image(seq.image)                                            # [B,N,C]
-        umm.through_blocks(image, umm.rc[None], None, kvs)     # its keys are in kvs from now on
+        umm.read(seq.image, kvs)                               # its keys are in kvs from now on
         text = umm.embed_text(seq.text, seq.turn)                                     # [B,T,C]
         places = umm.code_embed(shown) + umm.position()                               # [B,N,C]
         x = torch.cat([text, places], 1)                                              # [B,T+N,C]
@@ -197,8 +188,6 @@ def main():
     a = p.parse_args()
     for name in reproduce.PLANS['channel']:
         arm = reproduce.ARMS[name]
-        if not arm.trained:
-            continue
         values = {'init': a.init, 'out': 'out/flops', 'proxy': arm.proxy, **arm.flags}
         flags = reproduce.as_flags(values)
         s = train.parse([*flags, '--overwrite', '--dtype', 'float32'])

@@ -90,14 +90,9 @@ def draw_costs(ax, found):
         by_seed = found.get(LONG.get(arm), found.get(arm))
         if not by_seed:
             continue
-        curves = [dict(cost_curve(result)) for result in by_seed.values()]
-        x = sorted(set.intersection(*[set(curve) for curve in curves]))
-        y = np.array([[curve[i] for i in x] for curve in curves])                     # [seeds,n]
-        half = 0
-        if len(curves) > 2:                                    # of two it is wider than the figure
-            error = y.std(0, ddof=1) / len(curves) ** .5
-            half = report.t_quantile(.975, len(curves) - 1) * error
-        ax.errorbar(x, y.mean(0), half, color=ink, marker=mark, ls=dashes, ms=4, lw=1.3, elinewidth=.7,
+        curves = [cost_curve(result) for result in by_seed.values()]
+        x, mean, half = report.over_seeds(curves)
+        ax.errorbar(x, mean, half, color=ink, marker=mark, ls=dashes, ms=4, lw=1.3, elinewidth=.7,
                     label=f'{label} ({len(curves)} seeds)')
     bound = np.mean(list(SHAPE_BLIND.values()))
     ax.axhline(bound, color='black', lw=.8, ls=':')

@@ -122,11 +122,12 @@ def trained(world: Folder, numbers: Numbers, steps: int, B=32) -> Net:
 def accuracy(net: Net, world: Folder, numbers: Numbers, split='val') -> dict:
     """{type: share of right answers} to all questions of a split."""
     right, total = Counter(), Counter()
-    for i, row in enumerate(world.rows[split]):
+    for row in world.rows[split]:
         if not row['qa']:
             continue
         question, answer = numbers.of([row['qa']])
-        image = world.arrays[f'{split}.image'][i:i + 1] / 255                         # [1,3,S,S]
+        at = row['index']
+        image = world.arrays[f'{split}.image'][at:at + 1] / 255                       # [1,3,S,S]
         given = net(image, question).argmax(-1)                                       # [Q]
         good = (given == answer[0]) & (given > 0)
         for (kind, _), one in zip(row['qa'], good.tolist()):

@@ -102,6 +102,12 @@ class Writer:
             if not self.skip_bad:
                 raise UserError(f'{message}. Mend it, or leave it out: --skip-bad')
 
+    def scenes(self, rows):
+        """All of (split, picture, mask, [(name, box)], caption, [(type, question, answer)])."""
+        for split, image, mask, objects, caption, asked_of_it in rows:
+            qa = [question(*words) for words in asked_of_it]
+            self.row(split, image, mask, objects, caption=caption, qa=qa)
+
     def __enter__(self):
         return self
 
@@ -515,36 +521,36 @@ def area_of_box(named: tuple) -> float:
 
 
 def painted(mask, shape, ink: int) -> bool:
-    """Paint what COCO calls a segmentation, polygons or plain run lengths; False: it is neither."""
+    """Paint what COCO calls a segmentation, polygons or run lengths; False: it is neither."""
     if isinstance(shape, list) and shape:
         paint = ImageDraw.Draw(mask)
         for ring in shape:
             corners = [round(v) for v in ring]
             paint.polygon(corners, ink)
         return True
-    if shape and isinstance(shape['counts'], str):             # compressed
-        shape = shape | {'counts': decompressed(shape)}
-    if shape and isinstance(shape['counts'], list):            # down the columns, first of 0, then of 1
+    if not shape:
+        return False
+    if isinstance(shape['counts'], str):
+        bits = decompressed(shape)                                                    # [H,W]
+    elif isinstance(shape['counts'], list):                # down the columns, first of 0, then of 1
         lengths = shape['counts']
-        bits = np.arange(len(lengths)) % 2
+        values = np.arange(len(lengths)) % 2
         width_and_height = shape['size'][::-1]
-        runs = np.repeat(bits, lengths).reshape(width_and_height).T
-        inside = Image.fromarray(runs.astype(np.uint8) * 255)
-        mask.paste(ink, (0, 0), inside)
-        return True
-    return False
+        bits = np.repeat(values, lengths).reshape(width_and_height).T                 # [H,W]
+    else:
+        return False
+    inside = Image.fromarray(bits.astype(np.uint8) * 255)
+    mask.paste(ink, (0, 0), inside)
+    return True
 
 
-def decompressed(shape: dict) -> list:
-    """Run lengths that COCO wrote as a text -> numbers, down the columns, first of 0."""
+def decompressed(shape: dict):
+    """The mask [H, W] of run lengths that COCO wrote as a text."""
     try:
         from pycocotools import mask as rle
     except ImportError:
         raise UserError('compressed run lengths: pip install -r experiments/requirements-prepare.txt')
-    down = rle.decode(shape).T.ravel()                                                # [W*H]
-    changes = np.flatnonzero(np.diff(down, prepend=0))
-    ends = [*changes.tolist(), len(down)]
-    return np.diff(ends, prepend=0).tolist()
+    return rle.decode(shape)
 
 
 def listed(found: list) -> str:
@@ -557,7 +563,7 @@ def listed(found: list) -> str:
         else:
             number = data.NUMBERS[n] if n < 5 else 'many'
             words.append(f'{number} {plural(name)}')
-    return ' and '.join(', '.join(words).rsplit(', ', 1)) or 'nothing'
+    return data.and_between(words) if words else 'nothing'
 
 
 def asked(found: list, kept: list, width: int, rng, crowd: bool) -> list:
@@ -614,10 +620,7 @@ def digit_scenes(a):
     exemplars, labels = digits.mnist()
     names = [str(number) for number in range(10)]
     with Writer(a.out, a.side, ['background', *names]) as writer:
-        for row in digits.scenes(exemplars, labels, a.side, a.limit, a.seed):
-            split, image, mask, objects, caption, asked_of_it = row
-            qa = [question(*words) for words in asked_of_it]
-            writer.row(split, image, mask, objects, caption=caption, qa=qa)
+        writer.scenes(digits.scenes(exemplars, labels, a.side, a.limit, a.seed))
 
 
 # ---- windows of a folder ----
@@ -629,10 +632,8 @@ def window_rows(a):
     kept = windows.kept_classes(a.downloads, a.classes, grounds)
     left_out = a.without.split(',')
     with Writer(a.out, a.side, kept.names) as writer:
-        for row in windows.asked_windows(a.downloads, kept, a.side, a.each, a.whole, left_out, a.seed):
-            split, image, mask, objects, caption, asked_of_it = row
-            qa = [question(*words) for words in asked_of_it]
-            writer.row(split, image, mask, objects, caption=caption, qa=qa)
+        rows = windows.asked_windows(a.downloads, kept, a.side, a.each, a.whole, left_out, a.seed)
+        writer.scenes(rows)
 
 
 # ---- command line ----

@@ -467,10 +467,11 @@ def report(out: Path):
     found = collect(out)
     write_scores(out / 'scores.json', found)
     small = collect(out / 'scores.json')                       # the tables are those of this file
-    (out / 'claims.json').write_text(json.dumps(claims_of(small), indent=1) + '\n')
+    claims = claims_of(small)
+    (out / 'claims.json').write_text(json.dumps(claims, indent=1) + '\n')
     (out / 'report.md').write_text(tables(small))
     draw_all(out, found)
-    print(RULE + '\n\n' + table_of_claims(claims_of(small)))
+    print(RULE + '\n\n' + table_of_claims(claims))
     print(f'\nwrote {out}/report.md, claims.json, scores.json, figures')
 
 
@@ -669,23 +670,30 @@ def gains(out: Path, found, shown, part: str, base: str, name: str):
     plt.close(fig)
 
 
-def draw_curve(ax, arm: str, lines: list):
-    """Mean and interval over seeds; lines: a curve of each seed, [(x, y)]."""
-    lines = [dict(line) for line in lines if line]
-    if not lines:
-        return
-    common = set(lines[0])
-    for line in lines:
-        common &= set(line)
+def over_seeds(lines: list) -> tuple:
+    """lines: a curve of each seed, [(x, y)] -> (x that all of them have, mean of y, half-width of its
+    interval, 0 for fewer than three seeds: an interval of two is wider than the figure)."""
+    lines = [dict(line) for line in lines]
+    common = set(lines[0]).intersection(*lines)
     x = sorted(common)
-    if len(x) < 2:
-        return
     y = np.array([[line[i] for i in x] for line in lines])                            # [seeds,n]
-    mean = y.mean(0)
-    ax.plot(x, mean, MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black', mew=.3)
-    if len(lines) > 2:                                     # an interval of two is wider than the figure
+    half = np.zeros(len(x))
+    if len(lines) > 2:
         error = y.std(0, ddof=1) / len(lines) ** .5
         half = t_quantile(.975, len(lines) - 1) * error
+    return x, y.mean(0), half
+
+
+def draw_curve(ax, arm: str, lines: list):
+    """Mean and interval over seeds; lines: a curve of each seed, [(x, y)]."""
+    lines = [line for line in lines if line]
+    if not lines:
+        return
+    x, mean, half = over_seeds(lines)
+    if len(x) < 2:
+        return
+    ax.plot(x, mean, MARK[arm] + '-', color=INK[arm], label=arm, ms=4, mec='black', mew=.3)
+    if len(lines) > 2:
         ax.fill_between(x, mean - half, mean + half, color=INK[arm], alpha=.12, lw=0)
 
 

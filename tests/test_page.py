@@ -10,7 +10,6 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import data
