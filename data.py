@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,6 +202,21 @@ MAPS = {
 # ---- text tokens ----
 CONTROL = re.compile('[\x00-\x1f\x7f-\x9f]')   # characters that a terminal obeys
 BYTES = [bytes([b]) for b in range(256)]
+# Scripts without spaces between words: from Thai to Burmese, Khmer, Chinese and Japanese. A letter is a
+# word there: else the tokens would be whole sentences. Letters of Indian scripts have marks beside them.
+UNSPACED = '\u0e00-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff'
+WORD = re.compile(rf'[{UNSPACED}]|(?:[^\W{UNSPACED}]|[\u0900-\u0dff])+|[^\w\s{UNSPACED}]+')
+PIECE = r' ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+'     # no token reaches beyond one
+
+
+def small(text: str) -> str:
+    """In small letters, each with its accents in one character."""
+    return unicodedata.normalize('NFC', text.lower())
+
+
+def words_of(text: str) -> list[str]:
+    """In small letters; what stands between words is one, too."""
+    return WORD.findall(small(text))
 
 
 class Text:
@@ -214,12 +230,11 @@ class Text:
         self.end = len(vocab) + 1                              # closes it
         self.size = len(vocab) + 2
         ranks = {token: i for i, token in enumerate(vocab)}
-        self.bpe = tiktoken.Encoding('nanoumm', pat_str=r' ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+',
-                                     mergeable_ranks=ranks, special_tokens={})
+        self.bpe = tiktoken.Encoding('nanoumm', pat_str=PIECE, mergeable_ranks=ranks, special_tokens={})
         self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
-        words = text.lower().split()
+        words = small(text).split()
         if not words:
             return []
         return self.bpe.encode_ordinary(' ' + ' '.join(words))
@@ -230,15 +245,17 @@ class Text:
         return self.bpe.decode(plain).strip()
 
     @staticmethod
-    def from_corpus(texts, size=512):
-        """Train BPE (Sennrich et al. 2016, algorithm 1) on the distinct words of `texts`: the most
-        frequent pair of neighbours becomes a token, again and again; deterministic."""
-        found = set()
-        for text in texts:
-            found.update(re.findall(r'\w+|[^\w\s]+', text.lower()))
+    def from_corpus(texts, size=512, rare=0):
+        """Train BPE (Sennrich et al. 2016, algorithm 1) on the distinct words of `texts`, the thousand
+        most frequent of those that occur more than `rare` times: the most frequent pair of neighbours
+        becomes a token, again and again; deterministic."""
+        count = Counter(word for text in texts for word in words_of(text))
+        found = [word for word, n in count.most_common(1000) if n > rare]
         words = []
         for word in sorted(found):
-            words.append([bytes([b]) for b in f' {word}'.encode()])
+            # the space before a word is a part of it
+            spaced = word if re.match(f'[{UNSPACED}]', word) else f' {word}'
+            words.append([bytes([b]) for b in spaced.encode()])
         vocab = list(BYTES)
         while len(vocab) < size - 2:
             pairs = Counter()
@@ -329,12 +346,13 @@ class DataSet:
     names: list = []                 # of the classes
     checksum = 0                     # of the data, to notice that they have changed
     vocab = 512                      # text tokens to train
+    rare = 0                         # a word that occurs no more often is spelled
 
     def __init__(self, size=32, seed=0, device='cpu', text: Text | None = None):
         self.size = size
         self.seed = seed
         self.device = device
-        self.text = text or Text.from_corpus(self.corpus(), self.vocab)
+        self.text = text or Text.from_corpus(self.corpus(), self.vocab, self.rare)
 
     # -- what a data set defines
     def scenes(self, split: str, stream: str, index: int, B: int, pixels=True):
@@ -345,6 +363,10 @@ class DataSet:
     def corpus(self):
         """Texts to train the text tokens on."""
         raise NotImplementedError
+
+    def words(self) -> set:
+        """All words that training shows."""
+        return {word for text in self.corpus() for word in words_of(text)}
 
     def ask(self, scene, kind: str, rng) -> list:
         """[(question, answer)] of one type about a scene, or []."""

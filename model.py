@@ -626,7 +626,8 @@ def read_checkpoint(path):
     with safe_open(path, 'pt') as f:
         meta = json.loads(f.metadata()['nanoumm'])
         tensors = {k: f.get_tensor(k).clone() for k in f.keys()}         # not a view of the file
-    for key, kind in (('step', int), ('lines', int), ('settings', dict), ('classes', list)):
+    kinds = {'step': int, 'lines': int, 'settings': dict, 'classes': list, 'words': list}
+    for key, kind in kinds.items():
         if type(meta[key]) is not kind:
             raise TypeError(f'{key} is {meta[key]!r:.40}')
     c = Config(**meta['config'])
@@ -643,7 +644,8 @@ def load(path, device='cpu'):
         c, text, tensors, meta = read_checkpoint(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         why = f'{type(e).__name__}: {str(e)[:80]}'
-        raise UserError(f'{path} is not a whole nanoUMM checkpoint ({why}); train again or copy it anew')
+        raise UserError(f'cannot read {path}: it is not a whole nanoUMM checkpoint, or not for you '
+                        f'({why}); copy it anew or train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
         networks = both(VQTokenizer(c), UMM(c, text.size))
     wanted = networks.state_dict()

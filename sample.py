@@ -17,6 +17,7 @@ from pathlib import Path
 from textwrap import wrap
 
 import data  # before torch: it tells OpenMP how to wait
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -193,15 +194,18 @@ def newest_checkpoint() -> Path:
     return max(found, key=os.path.getmtime)
 
 
-def prompt_of(a, text: data.Text) -> str:
+def prompt_of(a, text: data.Text, known: list) -> str:
     """The words that go with the task: the user's, or an instruction of the kind that training gave.
-    UserError where they are empty or too long."""
+    UserError where they are empty or too long; words that are not `known` are named."""
     _, name = TASKS[a.task]
     prompt = data.ASK_FOR_CAPTION['list'][0]
     if name:
         prompt = MAPS[name].words[0]
     if a.task in ('draw', 'ask'):                              # the user's own words
         prompt = a.text
+        new = [word for word in data.words_of(prompt) if word not in known]
+        if new:
+            print('warning: training never showed', *new)
     n = len(text.encode(prompt))
     limit = data.MAX_TEXT - data.MAX_PLAN                      # a plan or an answer follows
     if n == 0:
@@ -232,14 +236,11 @@ def in_a_square(pictures) -> Image.Image:
 def map_of_classes(pictures, names: list, size: tuple) -> Image.Image:
     """Generated maps [n, 3, S, S] as one indexed picture of class numbers, beside each other, each of
     that (width, height). Prints which classes they hold, and how much of each."""
-    colours = palette(len(names) or len(data.PALETTE))                                # [classes,3]
+    colours = palette(len(names))                                                     # [classes,3]
     numbers = data.classes_of(pictures, colours).byte().cpu()                         # [n,S,S]
-    width, height = size
-    canvas = Image.new('L', (width * len(numbers), height))
     # never blended: between class 1 and class 3 there is no class 2
-    for i, one in enumerate(numbers):
-        large = Image.fromarray(one.numpy()).resize(size, Image.NEAREST)
-        canvas.paste(large, (i * width, 0))
+    large = [Image.fromarray(one.numpy()).resize(size, Image.NEAREST) for one in numbers]
+    canvas = Image.fromarray(np.hstack(large))
     canvas.putpalette(colours.flatten().tolist())              # indexed from here on
     for i, name in enumerate(names):
         share = (numbers == i).float().mean()
@@ -258,7 +259,7 @@ def main(argv=None):
     _, name = TASKS[a.task]                                    # the map it generates, or None
     if name and name != meta['settings'].get('proxy'):
         print(f'warning: {checkpoint} did not learn this map (train.py --proxy {name}): expect noise')
-    prompt = prompt_of(a, text)
+    prompt = prompt_of(a, text, meta['words'])
     prompts = [prompt for _ in range(a.n)]                     # each sample is a row of the batch
     # the same seed gives the same result on the same machine
     g = torch.Generator(device).manual_seed(a.seed)
@@ -275,8 +276,10 @@ def main(argv=None):
         image = x.repeat(a.n, 1, 1, 1)                                                # [n,3,S,S]
         s = data.pack(text, [[(words, None)] for words in prompts], image, device)
         if a.task in ('ask', 'caption'):
-            for answer in write(umm, text, s, 64, **how):
-                print(data.CONTROL.sub(' ', answer))
+            room = data.MAX_TEXT - s.text.shape[1]             # as long as a text in training
+            for tokens in umm.generate(s, text.answer, text.end, room, **how).tolist():
+                cut = '' if text.end in tokens else ' ... (cut)'
+                print(data.CONTROL.sub(' ', text.decode(tokens)) + cut)
             return
         if a.task == 'reconstruct':
             pictures = torch.cat([x, tok.decode(tok.encode(x))])       # before and after

@@ -354,6 +354,7 @@ class Run:
         elif s.init:
             text = self.begin_from(s.init)
         self.world = self.open_data(text)
+        self.words = sorted(self.world.words())
         if s.resume and self.world.checksum != meta.get('checksum', 0):
             raise UserError(f'{s.data} is not what the run began with, or has changed since the run '
                             'began: restore it or --overwrite this')
@@ -388,8 +389,8 @@ class Run:
         if s.threads == 0:
             s.threads = old['threads']
         # these may differ from one start to the next
-        free = ('resume', 'overwrite', 'out', 'data', 'device', 'threads', 'until', 'log_every',
-                'save_every', 'sample_every')
+        free = ('resume', 'overwrite', 'out', 'data', 'device', 'threads', 'until', 'cfg', 'eval_n',
+                'log_every', 'save_every', 'sample_every')
         for name, value in vars(s).items():
             if name not in free and old.get(name) != value:
                 raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
@@ -453,6 +454,7 @@ class Run:
             'lines': len(self.lines),
             'checksum': self.world.checksum,
             'classes': self.world.names,
+            'words': self.words,
         }
         save(self.dir / name, tensors, meta)
 
@@ -500,14 +502,14 @@ def settle(run: Run):
     s = run.s
     dtypes = ['float32', 'bfloat16'] if s.dtype == 'auto' else [s.dtype]
     threads = [s.threads or torch.get_num_threads()]           # all cores
-    if s.threads == 0 and threads[0] > 1 and run.device.type == 'cpu':
+    if s.threads == 0 and run.device.type == 'cpu':
         threads.append(1)
-    candidates = list(product(dtypes, threads))
-    best, why = candidates[0], 'as asked for, or as when the run began'
-    if len(candidates) > 1:
-        times = dict.fromkeys(candidates, math.inf)
+    times = dict.fromkeys(product(dtypes, threads), math.inf)  # of each candidate once
+    best, *others = times
+    why = 'as asked for, or as when the run began'
+    if others:
         for turn in range(3):
-            for candidate in candidates:
+            for candidate in times:
                 if turn == 0 or times[candidate] < min(3, 2 * min(times.values())):
                     seconds = seconds_a_step(run, *candidate)
                     times[candidate] = min(times[candidate], seconds)
@@ -630,7 +632,8 @@ def show(run: Run, stage: str, done: int, model, look):
     # a line of the log, a line on the screen, and the latest picture of this stage
     run.log(stage=stage, step=done, val=values)
     told = [f'{name} {value:.4g}' for name, value in values.items()]
-    tqdm.write(f'{stage} {done}: ' + ', '.join(told))
+    if told:
+        tqdm.write(f'{stage} {done}: ' + ', '.join(told))
     if values.get('used', 1) < .5:
         tqdm.write('warning: the codebook has collapsed: less than half of its codes are used')
     picture.save(run.dir / f'{stage}.png')
@@ -645,7 +648,7 @@ def train_tokenizer(run: Run):
     s, tok, world = run.s, run.tok, run.world
     B = my_share(s.tok_batch)
     kinds = [name for name in world.maps if name != 'recon']
-    masks = 'seg' if 'seg' in kinds else kinds[0]
+    masks = kinds[0]                                           # seg, where classes are annotated
 
     def loss_of(step):
         _, r, _ = world.scenes('train', 'tokenizer', my_index(step), B)

@@ -120,6 +120,7 @@ class Player:
         self.device = device
         self.tok, self.umm, self.text, _, meta = load(checkpoint, device)
         self.settings = meta['settings']
+        self.words = meta['words']                             # that training showed
         self.map = str(self.settings.get('proxy'))             # a stranger's file may say anything
         self.size = self.umm.c.size
         self.world = None                                      # opened when a random picture is wanted
@@ -144,7 +145,7 @@ class Player:
 
     def prompt(self, task: str, words='') -> str:
         """The words that go with a task; UserError where they are empty or too long."""
-        return prompt_of(SimpleNamespace(task=task, text=words), self.text)
+        return prompt_of(SimpleNamespace(task=task, text=words), self.text, self.words)
 
     # -- tasks
     def about(self, given):

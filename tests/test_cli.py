@@ -27,7 +27,7 @@ README = (ROOT / 'README.md').read_text()
 
 def read_image(path, size):
     """A picture file in [0, 1], [3, size, size]."""
-    return folders.read_image(path, size) / 255
+    return folders.shrunk(folders.upright(path), size) / 255
 
 
 def run(script, *args, cwd):
@@ -220,6 +220,22 @@ def test_a_map_that_was_never_taught_is_warned_of(folder, monkeypatch, capsys, t
     monkeypatch.chdir(folder)
     sample.main([task, 'photo.png', '--out', 'map.png'])
     assert ('did not learn this map' in capsys.readouterr().out) == warned
+
+
+def test_words_that_training_never_showed_are_named(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    sample.main(['draw', 'draw a red Zebra!', '--n', '1'])
+    assert 'training never showed zebra !' in capsys.readouterr().out
+    sample.main(['ask', 'photo.png', 'how many red rings are there?'])
+    assert 'never showed' not in capsys.readouterr().out
+
+
+def test_a_text_that_does_not_end_is_marked(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(data, 'MAX_TEXT', data.MAX_PLAN + 20)
+    sample.main(['caption', 'photo.png', '--n', '3', '--temperature', '100', '--top_k', '0'])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.endswith(' ... (cut)')
 
 
 def test_special_token_look_alikes_are_plain_text(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """Scenes, maps, questions, text: exact, balanced, disjoint."""
 import math
 import random
+import zlib
 from collections import Counter, defaultdict
 from itertools import product
 
@@ -349,13 +350,36 @@ def test_text_tokens_any_string_and_no_special_ids(world, line):
     ids = world.text.encode(line)
     assert ids
     assert max(ids) < world.text.answer
-    assert world.text.decode(ids) == ' '.join(line.lower().split())
+    assert world.text.decode(ids) == ' '.join(data.small(line).split())
 
 
 def test_no_text_has_no_tokens_and_a_word_of_the_world_has_one(world):
     assert world.text.encode('') == []
     assert world.text.encode('  \n') == []
     assert len(world.text.encode('a red circle left of a blue square')) == 8
+
+
+def test_the_world_has_the_tokens_that_its_checkpoints_have(world):
+    """What is done for other languages changes none of them."""
+    assert zlib.crc32(b'|'.join(world.text.vocab)) == 912118514
+    assert {'draw', 'ring', 'plus', '?'} <= world.words()
+
+
+@pytest.mark.parametrize('text, words', [
+    ('Is it? No.', ['is', 'it', '?', 'no', '.']),
+    ('左边abc、x', ['左', '边', 'abc', '、', 'x']),
+    ('हिन्दी में', ['हिन्दी', 'में']),
+    ('ครับ', ['ค', 'ร', 'ั', 'บ']),
+    ('한국어 e\u0301te\u0301', ['한국어', 'été']),
+])
+def test_words_of_any_language(text, words):
+    assert data.words_of(text) == words
+
+
+def test_letters_of_scripts_without_spaces_and_whole_words_become_tokens():
+    text = Text.from_corpus(['左边有一个方形', 'हिन्दी में'])
+    assert len(text.encode('左边方形')) == 5                # four letters and the space before them
+    assert len(text.encode('हिन्दी')) == 1
 
 
 def test_text_survives_a_round_trip_through_its_vocabulary(world):

@@ -1,7 +1,9 @@
 """Converters on tiny fakes of the official layouts; what they write is read by folder.Folder."""
 import io
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,45 +274,6 @@ def test_files_of_other_kinds_are_left_out_and_ids_may_be_texts(coco, tmp_path, 
     assert '16 train, 2 validation, 2 test' in said
 
 
-def test_a_bad_picture_is_left_out_and_one_without_objects_is_kept(coco, tmp_path, capsys):
-    content = content_of(coco)
-    del content['annotations'][4]['category_id']           # of picture 2
-    content['annotations'] = [n for n in content['annotations'] if n['image_id'] != 3]
-    (coco / 'instances_val2017.json').write_text(json.dumps(content))
-    refused(['coco', coco, tmp_path / 'out'], 'picture 2 .*category None.*--skip-bad')
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--skip-bad'])
-    said = capsys.readouterr().out
-    assert 'left out 1 bad pictures' in said
-    assert '1 pictures hold none of the classes' in said
-    assert '15 train, 2 validation, 2 test' in said
-
-
-def test_pictures_are_read_as_for_training(coco, tmp_path):
-    """Turned upright, as the annotations are."""
-    content = content_of(coco)
-    for im in content['images']:
-        path = coco / 'pictures' / im['file_name']
-        exif = Image.Exif()
-        exif[0x0112] = 3                                   # upside down
-        picture = Image.new('RGB', (60, 40), 'white')
-        picture.paste('black', (30, 0, 60, 40))
-        picture.save(path, exif=exif, quality=95)
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
-    picture = Image.open(tmp_path / 'out' / 'train' / 'images' / '000000.png')
-    assert picture.getpixel((5, 5)) == (0, 0, 0)
-
-
-def test_compressed_run_lengths_are_decoded(tmp_path):
-    mask = pytest.importorskip('pycocotools.mask')
-    bits = np.zeros((40, 60), np.uint8)
-    bits[4:12, 40:42] = 1
-    shape = mask.encode(np.asfortranarray(bits))
-    shape['counts'] = shape['counts'].decode()
-    drawn = Image.new('L', (60, 40))
-    assert prepare.painted(drawn, shape, 1)
-    assert (np.array(drawn) == bits).all()
-
-
 def test_pictures_that_are_not_there_are_counted(coco, tmp_path, capsys):
     """As in the official zip, which has the annotations of train2017 beside those of val2017."""
     content = content_of(coco)
@@ -341,3 +304,189 @@ def test_a_picture_of_another_size_is_named(coco, tmp_path):
     content['images'][3]['width'] = 40
     (coco / 'instances_val2017.json').write_text(json.dumps(content))
     refused(['coco', coco, tmp_path / 'out'], 'picture 3')
+
+
+# ---- files of other programs: nothing is taken for granted ----
+def write(path, content: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding='utf-8-sig')           # with a mark, as Windows writes
+
+
+def left_out(words: list, capsys) -> str:
+    """Refused without --skip-bad, done with it -> what it said."""
+    refused(words, '--skip-bad')
+    prepare.main([*map(str, words), '--skip-bad'])
+    return capsys.readouterr().out
+
+
+def test_captions_are_joined_to_the_instances_of_their_split(coco, tmp_path):
+    """In both splits the ids begin at 0; one writes them as texts, the other as floats."""
+    content = content_of(coco)
+    (coco / 'instances_val2017.json').unlink()
+    for split in ('train', 'val'):
+        folder = coco / split
+        folder.mkdir()
+        for im in content['images']:
+            picture = Image.open(coco / 'pictures' / im['file_name'])
+            if split == 'val':
+                picture = picture.rotate(180)
+            picture.save(folder / im['file_name'])
+        captions = []
+        for i in range(20):
+            number = str(i) if split == 'val' else float(i)
+            captions.append({'image_id': number, 'caption': f'of {split}'})
+        write(coco / f'instances_{split}.json', content)
+        write(coco / f'captions_{split}.json', {'annotations': captions})
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    for split, caption in (('train', 'of train'), ('validation', 'of val')):
+        assert {row['caption'] for row in rows_of(tmp_path / 'out', split)} == {caption}
+
+
+@pytest.mark.parametrize('path, split', [
+    ('annotations_trainval2017/annotations/instances_val2017.json', 'validation'),
+    ('annotations_trainval2017/annotations/instances_train2017.json', 'train'),
+    ('valid/_annotations.coco.json', 'validation'),
+    ('test/train/x.json', 'train'),
+    ('latest/contest.json', None),
+])
+def test_the_split_is_that_of_the_file_then_of_the_nearest_folder(path, split):
+    assert prepare.split_of(Path(path)) == split
+
+
+def test_pictures_are_read_as_for_training(coco, tmp_path):
+    """Turned upright, on white, 16 bits stretched; paths of Windows are taken."""
+    content = content_of(coco)
+    exif = Image.Exif()
+    exif[0x0112] = 3                                       # upside down
+    white_above = Image.new('RGB', (60, 40), 'white')
+    white_above.paste((0, 0, 0), (0, 20, 60, 40))
+    white_above.rotate(180).save(coco / 'pictures' / '0.jpg', exif=exif)
+    content['images'][0]['file_name'] = 'images\\1\\0.jpg'
+    Image.new('RGBA', (60, 40)).save(coco / 'pictures' / '1.png')
+    content['images'][1]['file_name'] = '1.png'
+    bright = np.linspace(0, 3000, 2400).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(bright).save(coco / 'pictures' / '2.png')
+    content['images'][2]['file_name'] = '2.png'
+    write(coco / 'instances_val2017.json', content)
+    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    found = []
+    for row in rows_of(tmp_path / 'out')[:3]:
+        picture = Image.open(tmp_path / 'out' / 'train' / row['file_name'])
+        found.append(np.array(picture).mean((1, 2)))
+    turned, clear, deep = found
+    assert turned[:15].min() > 240
+    assert turned[25:].max() < 15
+    assert clear.min() == 255
+    assert deep[0] < 15
+    assert deep[-1] > 240
+
+
+def test_other_json_is_named_and_left_out(coco, tmp_path, capsys):
+    content = content_of(coco)
+    segments = [{'image_id': 0, 'segments_info': [{'bbox': [1, 2, 3, 4]}]}]
+    write(coco / 'panoptic_val2017.json', {**content, 'annotations': segments})
+    write(coco / 'image_info_test2017.json', {'images': content['images'], 'categories': KINDS})
+    write(coco / 'package.json', ['anything'])
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    said = capsys.readouterr().out
+    for name in ('panoptic_val2017', 'image_info_test2017', 'package'):
+        assert f'{name}.json holds neither' in said
+    assert '16 train' in said
+
+
+@pytest.mark.parametrize('spoilt', [
+    {'category_id': None},
+    {'category_id': 99},
+    {'bbox': [1, 2, 3]},
+    {'bbox': [1, 2, float('nan'), 3]},
+    {'bbox': [10, 10, 59, 39]},
+    {'image_id': None},
+    {'segmentation': [['a', 'b']]},
+])
+def test_a_wrong_annotation_is_named_or_left_out(coco, tmp_path, capsys, spoilt):
+    content = content_of(coco)
+    content['annotations'][2] |= {'id': 77, **spoilt}
+    write(coco / 'instances_val2017.json', content)
+    said = left_out(['coco', coco, tmp_path / 'out'], capsys)
+    assert 'left out 1 that are wrong' in said
+    assert 'instances_val2017.json' in said
+    assert '77' in said
+
+
+def test_a_broken_picture_is_named_or_left_out(coco, tmp_path, capsys):
+    picture = coco / 'pictures' / '3.jpg'
+    picture.write_bytes(picture.read_bytes()[:500])
+    assert '3.jpg' in left_out(['coco', coco, tmp_path / 'out'], capsys)
+
+
+def test_a_missing_pet_is_named_or_left_out(pets, tmp_path, capsys):
+    for name in ('images', 'annotations'):
+        with tarfile.open(pets / f'{name}.tar.gz') as tar:
+            tar.extractall(pets, filter='data')
+    (pets / 'images' / 'Abyssinian_3.jpg').unlink()
+    assert 'Abyssinian_3.jpg' in left_out(['pets', pets, tmp_path / 'out'], capsys)
+    (pets / 'annotations' / 'test.txt').write_text('Abyssinian_1\n')
+    refused(['pets', pets, tmp_path / 'other'], 'test.txt:1')
+
+
+def test_boxes_come_from_polygons_and_pictures_without_objects_stay(coco, tmp_path, capsys):
+    content = content_of(coco)
+    without = {key: value for key, value in DOG.items() if key != 'bbox'}
+    content['annotations'] = [{**without, 'image_id': i} for i in range(19)]
+    write(coco / 'instances_val2017.json', content)
+    (coco / 'captions_val2017.json').unlink()
+    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    assert '1 pictures have no objects' in capsys.readouterr().out
+    rows = rows_of(tmp_path / 'out')
+    assert rows[0]['objects'] == [{'name': 'dog', 'bbox': [2, 10, 23, 31]}]
+    *_, last = rows_of(tmp_path / 'out', 'validation')
+    assert last['objects'] == []
+    assert last['caption'] == 'nothing'
+    assert [q['answer'] for q in last['qa']] == ['no']
+
+
+def test_compressed_run_lengths(coco, tmp_path):
+    packed = pytest.importorskip('pycocotools.mask')
+    layer = np.zeros((40, 60), np.uint8, order='F')
+    layer[5:9, 30:33] = 1
+    shape = packed.encode(layer)
+    content = content_of(coco)
+    content['annotations'] = []
+    for i in range(20):
+        counts = shape['counts'].decode()
+        note = {'image_id': i, 'category_id': 9, 'segmentation': {'size': [40, 60], 'counts': counts}}
+        content['annotations'].append(note)
+    write(coco / 'instances_val2017.json', content)
+    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    row = rows_of(tmp_path / 'out')[0]
+    assert row['objects'] == [{'name': 'cup', 'bbox': [30, 5, 33, 9]}]
+    mask = Image.open(tmp_path / 'out' / 'train' / row['mask'])
+    assert (np.array(mask) == layer).all()
+
+
+# ---- what is written ----
+def test_hugging_face_reads_what_is_written(coco, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    datasets = pytest.importorskip('datasets')
+    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    Folder(tmp_path / 'out', 16)                           # its cache is in no one's way
+    found = datasets.load_dataset('imagefolder', data_dir=str(tmp_path / 'out'), cache_dir=str(tmp_path))
+    assert found.num_rows == {'train': 16, 'validation': 2, 'test': 2}
+    assert found['train'][0]['image'].size == (60, 40)
+    assert found['train'][0]['caption'] == 'a dog near a cup'
+
+
+def test_check_tells_what_a_folder_holds(coco, tmp_path, capsys):
+    out = tmp_path / 'out'
+    prepare.main(['coco', str(coco), str(out)])
+    with open(out / 'train' / 'metadata.jsonl', 'a') as meta:
+        meta.write('{}\n')
+    prepare.main(['check', str(out), '--out', str(tmp_path / 'check.png')])
+    said = capsys.readouterr().out
+    assert 'left out 1 bad rows' in said
+    assert 'train: 16 rows, 16 pictures, from (60, 40) to (60, 40) pixels' in said
+    assert re.search(r'dog +1\d\.\d% +20', said)
+    assert re.search(r'count +\d+ +1.000 +1 100%', said)
+    assert re.search(r"caption: 1 different, the longest of \d+ tokens: 'a dog near a cup'", said)
+    assert Image.open(tmp_path / 'check.png').width == 8 * 132 + 4
