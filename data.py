@@ -854,7 +854,7 @@ class World(DataSet):
     names = list(CLASSES)
     captions = True
     exact = True
-    chance = CHANCE
+    chance = {**CHANCE, 'mean': sum(CHANCE.values()) / len(CHANCE)}
     example = 'a red circle left of a blue square'
 
     def scenes(self, split, stream, index, B, pixels=True):

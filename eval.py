@@ -40,7 +40,7 @@ NOTHING = figure(None, None, None, 0)
 def share(right: int, n: int) -> dict:
     """Share of right answers with its Wilson interval (Wilson 1927), which holds near 0 and 1 too."""
     if n == 0:
-        return dict(NOTHING)
+        return NOTHING
     p = right / n
     z2 = Z * Z / n
     whole = 1 + z2
@@ -54,7 +54,7 @@ def mean_of(figures: list[dict]) -> dict:
     """Unweighted mean of independent shares; interval from their Wilson ones (Zou & Donner 2008)."""
     kept = [f for f in figures if f['n']]
     if not kept:
-        return dict(NOTHING)
+        return NOTHING
     k = len(kept)
     total = sum(f['value'] for f in kept)
     mean = total / k
@@ -73,7 +73,7 @@ def bootstrap(score, tables) -> dict:
     n = len(tables)
     value = score(tables.sum(0)).item()                        # of all pictures together
     if math.isnan(value):                                      # there was nothing to score
-        return dict(NOTHING)
+        return NOTHING
     draws = []
     for _ in range(400):
         chosen = torch.randint(n, (n,), generator=g)           # with replacement
@@ -144,10 +144,9 @@ def blind(world: DataSet, n=512, split='test') -> dict:
         seen[kind][answer] += 1
     scenes = min(2 * n, world.limit(split))                    # twice as many: no model has to run
     for kind, question, answer in asked_without_pictures(world, split, 'understanding', scenes):
-        if question in seen:                                   # in these very words
-            ranked = [a for a, _ in seen[question].most_common()]
-        else:
-            ranked = [a for a, _ in seen[kind].most_common()]
+        known = question if question in seen else kind         # in these very words?
+        ranked = [a for a, _ in seen[known].most_common()]
+        if known == kind:
             choice = question.split(',')[-1]                   # 'which is nearer, a or b?'
             named = [a for a in ranked if a in choice]
             ranked = named or ranked
@@ -418,13 +417,9 @@ class Reader:
         side = math.ceil(self.world.size / 8)                  # after three halvings
         layers = []
         for a, b in ((3, 32), (32, 64), (64, 128)):
-            layers.append(nn.Conv2d(a, b, 3, 2, 1))
-            layers.append(nn.GroupNorm(8, b))
-            layers.append(nn.GELU())
-        layers.append(nn.Flatten())
-        layers.append(nn.Dropout())
+            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU()]
         features = 128 * side ** 2
-        layers.append(nn.Linear(features, len(self.words)))
+        layers += [nn.Flatten(), nn.Dropout(), nn.Linear(features, len(self.words))]
         self.net = nn.Sequential(*layers).to(self.world.device)
         # small pictures are learned by heart: dropout and weight decay work against that
         optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3, weight_decay=.05)
@@ -564,9 +559,7 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
     if world.kinds:
         scores['understanding'] = understanding(umm, tok, world, n, split)
         scores['blind'] = blind(world, n, split)
-    if world.chance:
-        mean = sum(world.chance.values()) / len(world.chance)
-        scores['chance'] = {**world.chance, 'mean': mean}
+        scores['chance'] = world.chance
     if world.exact:
         each = max(2, n // 8)                                  # prompts a category
         scores['generation'] = generation(umm, tok, world, each, cfg, split)
@@ -612,6 +605,11 @@ def table(scores: dict) -> str:
 def report(scores: dict, path: Path):
     """Print the table and write it, with all digits, to `path`."""
     print(table(scores))
+    answers = scores['understanding'].get('mean', NOTHING)
+    if answers['n'] and answers['low'] < scores['blind']['mean']['value']:
+        print('Answers are not clearly better than blind guesses from the words of the questions. More '
+              'pictures, more questions about each or longer training help; python -m '
+              'experiments.learnable DIR says which questions of a folder can be learned at all')
     text = json.dumps(scores, indent=1)
     with data.written_whole(path) as part:
         part.write_text(text + '\n')

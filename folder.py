@@ -43,6 +43,7 @@ THIRDS = (                     # where an object lies, row by row
     'bottom left', 'bottom center', 'bottom right',
 )
 MOST_PLANNED = 8               # objects in a plan: the largest ones
+SHIFTS = range(-2, 3)          # pixels by which training pictures are moved: learned by heart less soon
 ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field of a Rendering
 TEXTS = {                      # keys whose values are texts, and Hugging Face's names for the same
     'file_name': 'file_name',
@@ -337,9 +338,6 @@ class Folder(DataSet):
         texts.append((row['caption'], row['plan'], MAX_PLAN))
         for a, b, more in texts:
             room = MAX_TEXT - 12 - more
-            # cheap first: a token is a byte or more
-            if len((a + b).encode()) < room - 2:
-                continue
             n = len(self.text.encode(a)) + len(self.text.encode(b))
             if n > room:
                 self.refuse(row['at'], f'{n} tokens, at most {room}: shorten {a[:40]!r}')
@@ -462,16 +460,20 @@ class Folder(DataSet):
         """-> (rows, their Rendering, a random.Random). In training at random; else in order, the
         batches of a stream one after another, fewer at the end."""
         rng = python_random(self.seed, split, stream, index)
-        n = len(self.rows[split])                              # rows of the split
-        if split == 'train':                                   # again and again
-            rows = [self.rows[split][rng.randrange(n)] for _ in range(B)]
+        rows = self.rows[split]
+        moved = (0, 0)                                         # pixels down and to the right
+        if split == 'train':                                   # again and again, but a little moved
+            rows = rng.choices(rows, k=B)
+            moved = rng.choices(SHIFTS, k=2)
         else:
-            first = index * B % n
-            rows = self.rows[split][first:first + B]
+            first = index * B % len(rows)
+            rows = rows[first:first + B]
         chosen = [row['index'] for row in rows]
         found = {}
         for key in ('image', *ANNOTATIONS):
-            found[key] = self.arrays[f'{split}.{key}'][chosen].to(self.device)
+            pixels = self.arrays[f'{split}.{key}'][chosen]
+            # all alike; what leaves at an edge comes in at the other one
+            found[key] = pixels.roll(moved, (-2, -1)).to(self.device)
         mask = found['mask'].long()
         none = torch.zeros_like(mask)                          # no instances are known
         r = Rendering(found['image'] / 255, mask, none, found['depth'] / 255, self.palette)

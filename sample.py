@@ -74,30 +74,24 @@ def grid(rows, captions=(), scale=4, gap=4) -> Image.Image:
 
 
 def captions_of(world: DataSet, scenes, rng) -> list[str]:
-    """A caption of each scene, of a style that changes from one to the next as far as it fits: lists,
-    places, relations, bare names, counts."""
-    styles = list(data.STYLES)
+    """A caption of each scene, of styles that change from one to the next: lists, places, relations,
+    bare names, counts."""
     texts = []
-    for scene in scenes:
+    for i, scene in enumerate(scenes):
         # a style that does not fit the scene gives nothing
-        said = [world.describe(scene, style, rng) for style in styles]
+        said = [world.describe(scene, style, rng) for style in data.STYLES]
         fit = [text for text in said if text]
-        texts.append(fit[0])
-        styles = styles[1:] + styles[:1]                       # another one first for the next scene
+        texts.append(fit[i % len(fit)])
     return texts
 
 
 def answers_to(umm, world: DataSet, scenes, image, rng) -> list[str]:
     """A question about each picture with the model's answer and, where that is wrong, the true one. Its
     type changes from one to the next. Answers are greedy."""
-    kinds = list(world.kinds)
     asked = []                                                 # (question, true answer)
-    for scene in scenes:
-        found = []
-        for kind in kinds:                                     # the first type that fits
-            found = found or world.ask(scene, kind, rng)
-        asked.append(found[0] if found else ('', ''))
-        kinds = kinds[1:] + kinds[:1]
+    for i, scene in enumerate(scenes):
+        fit = [qa for kind in world.kinds for qa in world.ask(scene, kind, rng)]
+        asked.append(fit[i % len(fit)] if fit else ('', ''))
     rows = [[(question, None)] for question, _ in asked]
     s = data.pack(world.text, rows, image, world.device)
     answers = write(umm, world.text, s, temperature=0)         # greedy

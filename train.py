@@ -531,17 +531,15 @@ class Pace:
         self.best = math.inf                                   # seconds of the fastest steps so far
         self.warned = False
 
-    def warning(self, seconds: float, threads: int) -> str:
+    def warning(self, seconds: float) -> str:
         """What to say, once, when steps take `seconds` on average, twice as long as before."""
         times = seconds / self.best
         self.best = min(self.best, seconds)
         if self.warned or times < 2:
             return ''
         self.warned = True
-        text = f'steps take {times:.1f} times as long as before: is the machine busy?'
-        if threads > 1:
-            text += ' Until it is quiet, stop and --resume --threads 1 is faster (other last bits)'
-        return text
+        return (f'steps take {times:.1f} times as long as before: is the machine busy? One thread '
+                'suffers least: stop and --resume --threads 1 (other last bits)')
 
 
 # ---- the loop ----
@@ -597,7 +595,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
             spent.clear()
             run.log(stage=stage, step=done, **shown, norm=norm.item(), lr=lr * rate,
                     seconds=time.time() - begin, pictures_per_second=pictures / seconds)
-            busy = pace.warning(seconds, s.threads)
+            busy = pace.warning(seconds)
             if busy:
                 tqdm.write(f'warning: {stage} {done}: {busy}')
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
@@ -636,6 +634,9 @@ def show(run: Run, stage: str, done: int, model, look):
         tqdm.write(f'{stage} {done}: ' + ', '.join(told))
     if values.get('used', 1) < .5:
         tqdm.write('warning: the codebook has collapsed: less than half of its codes are used')
+    if values.get('mean_train', 0) > values.get('mean', 1) + .2:
+        tqdm.write('warning: the training pictures are being learned by heart: more pictures help, or '
+                   'fewer steps')
     picture.save(run.dir / f'{stage}.png')
     model.train()
 
@@ -734,6 +735,8 @@ def look_at_umm(run: Run):
     networks = (run.umm, run.tok, run.world)
     n = min(128, run.world.limit('val'))                       # of few pictures each once
     figures = evaluation.understanding(*networks, n, 'val')
+    if run.s.data:                                             # much better: learned by heart
+        figures['mean_train'] = evaluation.understanding(*networks, n, 'train')['mean']
     return figures, sample.picture(*networks, run.s.cfg)
 
 

@@ -172,14 +172,18 @@ def candidates(window: Window, regions: list[Region], kept: Kept) -> list:
             asked.append(('what', f'what is at the {place}?', filled[0].name))
         for region in regions:
             text = f'is the {region.name} at the {place}?'
-            if region.corners[cell] > .3:
+            if region.corners[cell] > .35:
                 asked.append(('at', text, 'yes'))
-            elif region.corners[cell] < .05:
+            elif region.corners[cell] < .1:
                 asked.append(('at', text, 'no'))
     for region in regions:
         if min(abs(region.x - .5), abs(region.y - .5)) > .06:
             cell = 2 * (region.y > .5) + (region.x > .5)
             asked.append(('where', f'where is the {region.name}?', CELLS[cell]))
+        for middle, low, high in ((region.x, 'left', 'right'), (region.y, 'top', 'bottom')):
+            if abs(middle - .5) > .06:
+                half = low if middle < .5 else high
+                asked.append(('half', f'is the {region.name} more {low} or {high}?', half))
         for word, low, high in (('small', 0, .15), ('medium', .25, .4), ('large', .5, 1)):
             if low < region.share < high:
                 asked.append(('size', f'how large is the {region.name}?', word))

@@ -124,7 +124,7 @@ def test_a_resumed_run_goes_on_in_what_it_began_with(run_dir, tmp_path, monkeypa
 def test_a_machine_that_becomes_busy_is_said_once():
     pace, said = train.Pace(), []
     for seconds in (3., 1., 1.5, 2.6, 2.6):                # the first steps warm up
-        said.append(pace.warning(seconds, threads=2))
+        said.append(pace.warning(seconds))
     assert said[:3] == ['', '', '']
     assert '2.6 times as long' in said[3]
     assert '--resume --threads 1' in said[3]

@@ -94,6 +94,8 @@ def test_questions_are_answered_by_the_mask():
         ('at', 'is the cat at the top left?', 'yes'),
         ('at', 'is the dog at the top left?', 'no'),
         ('where', 'where is the dog?', 'bottom right'),
+        ('half', 'is the dog more left or right?', 'right'),
+        ('half', 'is the dog more top or bottom?', 'bottom'),
         ('size', 'how large is the dog?', 'small'),
         ('larger', 'which is larger, the dog or the cat?', 'cat'),
         ('nearer', 'which is nearer, the cat or the dog?', 'dog'),
