@@ -21,8 +21,8 @@ CANVAS = (500, 400)
 SCALES = (1., .7, .49)         # of a piece that is near, farther and far away
 LENGTH = 8                     # values that describe a piece
 GROUND = ('sky', 'grass')      # classes of the background
-# What the PNGs show: kind of piece -> names in order of their numbers; the kinds in drawing order. Of the
-# children there are 35 PNGs each, of 7 poses with 5 faces.
+# What the PNGs show: kind of piece -> names in order of their numbers; the kinds in drawing order. Of
+# the children there are 35 PNGs each, of 7 poses with 5 faces.
 NAMES = {
     's': ('helicopter', 'hot air balloon', 'cloud', 'sun', 'lightning cloud', 'rain cloud', 'rocket',
           'airplane'),

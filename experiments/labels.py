@@ -29,7 +29,7 @@ STYLES = {
     'seg': ('mixture (train.py)', '#CC79A7', 'P', '-.'),
 }
 LONG = {'sft-flops': 'sft-x3', 'readout-flops': 'readout-x3', 'seg-order': 'order-x3',
-        'seg-blind': 'blind-x3'}
+        'seg-blind': 'blind-x3', 'seg-masked': 'masked-x3'}
 COST = {'sft-flops': GFLOPS['sft'], 'sft-x3': GFLOPS['sft'], 'told-flops': GFLOPS['seg-told'],
         'readout-flops': GFLOPS['seg-readout'], 'readout-x3': GFLOPS['seg-readout']}
 # Accuracy of one who knows all of a scene but its shapes; printed by --bound

@@ -110,6 +110,7 @@ LONG_ARMS = {
     'sft-x3': Arm('none', longer=3),
     'order-x3': replace(CHANNEL_ARMS['seg-order'], longer=3),
     'blind-x3': replace(CHANNEL_ARMS['seg-blind'], longer=3),
+    'masked-x3': replace(CHANNEL_ARMS['seg-masked'], longer=3),
     'readout-x3': replace(CHANNEL_ARMS['seg-readout'], longer=3),
 }
 # Drawing when nothing else keeps it alive: no drawing is replayed. `slow`: a tenth of the learning rate;
