@@ -1,6 +1,6 @@
 """Labels or generation? The figure of the plans `channel` and `budget`; what is known without shapes.
 
-    python -m experiments.labels experiments/results/scores-channel.json    writes labels.png beside it
+    python -m experiments.labels scores.json --out labels.png    of a scores.json of reproduce
     python -m experiments.labels --bound                                     prints the shape-blind bound
 
 Left: validation accuracy against what training has cost. Right: what each channel gains over questions
@@ -139,6 +139,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument('scores', nargs='?', type=Path, help='scores.json of experiments.reproduce')
+    p.add_argument('--out', type=Path, default='labels.png', help='default labels.png')
     p.add_argument('--bound', action='store_true', help='print what can be known without shapes')
     a = p.parse_args()
     if a.bound:
@@ -147,9 +148,8 @@ def main():
         return
     if a.scores is None or not a.scores.is_file():
         raise UserError(f'no file of scores: {a.scores}; name one, as experiments.reproduce writes it')
-    path = a.scores.with_name('labels.png')
-    figure(report.collect(a.scores), path)
-    print(f'wrote {path}')
+    figure(report.collect(a.scores), a.out)
+    print(f'wrote {a.out}')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data import CELLS, SPLITS, UserError, and_between
-from folder import class_names
+from folder import FOLDERS, class_names, upright
 
 IGNORED = 255
 SEEN = .04                     # share of a window that a class covers at least, to be asked about
@@ -42,17 +42,20 @@ class Kept(NamedTuple):
 
 # ---- the folder ----
 def rows_in(folder: Path):
-    """-> (split, a row of its metadata.jsonl, its mask uint8 [h, w]), of all splits."""
+    """-> (split, a row of its metadata.jsonl, path of its picture, its mask uint8 [h, w])."""
     for name in SPLITS:
-        split = {'val': 'validation'}.get(name, name)
-        path = folder / split / 'metadata.jsonl'
-        if not path.is_file():
-            raise UserError(f'{path} is missing: FOLDER is one that train.py --data reads')
+        split = 'validation' if name == 'val' else name        # as it is called in folders
+        paths = [folder / part / 'metadata.jsonl' for part in FOLDERS[name]]
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            raise UserError(f'{folder} has no metadata.jsonl for {split}: FOLDER is one that train.py '
+                            '--data reads, with all three splits')
+        path = paths[0]
         for n, line in enumerate(path.read_text('utf-8').splitlines(), 1):
             try:
                 row = json.loads(line)
                 with Image.open(path.parent / row['mask']) as mask:
-                    yield split, row, np.array(mask)
+                    yield split, row, path.parent / row['file_name'], np.array(mask)
             except (LookupError, TypeError, ValueError, OSError) as e:
                 raise UserError(f'{path}:{n} has no mask, by which windows are cut: {e!r:.100}')
 
@@ -68,7 +71,7 @@ def kept_classes(folder: Path, n: int, grounds: list) -> Kept:
         raise UserError(f"--ground names {unknown[0]!r}; there are: {', '.join(names):.300}")
     grounds = grounds or names[:1]
     pixels = np.zeros(256, np.int64)
-    for split, _, mask in rows_in(folder):
+    for split, _, _, mask in rows_in(folder):
         if split == 'train':
             pixels += np.bincount(mask.flatten(), minlength=256)
     order = sorted(range(len(names)), key=lambda k: -pixels[k])
@@ -104,8 +107,8 @@ def around(mask, k: int, side: int, rng) -> tuple:
 
 def windows_in(folder: Path, kept: Kept, side: int, each: int, whole: bool, rng):
     """`each` windows of each picture around different classes, or the whole picture."""
-    for split, row, mask in rows_in(folder):
-        image = Image.open(folder / split / row['file_name']).convert('RGB')
+    for split, row, path, mask in rows_in(folder):
+        image = upright(path)
         mask = kept.numbers[mask]
         depth = {o['name']: o['depth'] for o in row.get('objects', ()) if 'depth' in o}
         if whole:

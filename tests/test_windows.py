@@ -143,6 +143,6 @@ def test_what_cannot_be_cut_is_named(tmp_path):
     path.write_text('{"file_name"')
     refused([], 'metadata.jsonl:1')
     path.unlink()
-    refused([], 'metadata.jsonl is missing')
+    refused([], 'no metadata.jsonl for validation')
     (tmp_path / 'in' / 'classes.json').unlink()
     refused([], 'no classes.json')
