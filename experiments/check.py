@@ -4,7 +4,8 @@
 
 How many pictures there are and of which sizes, how often classes and answers occur, what can be answered
 from the words of a question alone, which texts are longest. The picture shows eight rows with their
-masks in colour. Bad rows are named and left out.
+masks in colour. Bad rows are named and left out. --learnable: which questions can be learned at all, see
+learnable.py; some minutes.
 """
 import math
 from collections import Counter, defaultdict
@@ -17,12 +18,13 @@ from PIL import Image
 
 import eval as evaluation
 import sample
+from experiments import learnable
 from folder import Folder, upright
 
 SIDE = 128                     # of a picture to look at
 
 
-def tell(folder: Path, out: str):
+def tell(folder: Path, out: str, also_learnable=False):
     """Print all of it, and write the picture."""
     world = Folder(folder, skip_bad=True)
     for split in data.SPLITS:
@@ -35,6 +37,8 @@ def tell(folder: Path, out: str):
     canvas = look_at(world)
     sample.save_picture(canvas, out)
     print(f'wrote {out}: do its masks, captions, plans and answers fit the pictures?')
+    if also_learnable:
+        learnable.tell(world)
 
 
 def path_of(world: Folder, row: dict) -> Path:

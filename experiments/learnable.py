@@ -1,6 +1,7 @@
 """Which questions of a folder can be learned at all? A small supervised CNN against the blind guess.
 
-    python -m experiments.learnable DIR          some minutes on one core; prints a table
+    python -m experiments.learnable DIR          some minutes on one core; prints a table, as does
+    python -m experiments.prepare check DIR --learnable
 
 A type of question is worth measuring if the CNN, which is trained on nothing else, beats the answer that
 is the most frequent for the same words by 15 points on validation. What it cannot learn from a folder's
@@ -146,12 +147,16 @@ def main(argv=None):
     p.add_argument('--threads', type=int, default=1, help='CPU threads (default 1)')
     a = p.parse_args(argv)
     torch.set_num_threads(a.threads)
-    world = Folder(a.folder, a.size)
+    tell(Folder(a.folder, a.size), a.steps, a.n)
+
+
+def tell(world: Folder, steps=1500, n=512):
+    """Print the table."""
     if not world.kinds:
-        raise data.UserError(f'{a.folder} has no questions')
-    guess = blind(world, a.n, 'val')
+        raise data.UserError(f'{world.root} has no questions')
+    guess = blind(world, n, 'val')
     numbers = Numbers(world)
-    seen = accuracy(trained(world, numbers, a.steps), world, numbers)
+    seen = accuracy(trained(world, numbers, steps), world, numbers)
     print('| question | CNN | blind | kept |\n|---|---|---|---|')
     for kind, share in seen.items():
         words_alone = guess[kind]['value']

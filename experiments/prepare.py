@@ -752,7 +752,8 @@ def main(argv=None):
     q = sub.add_parser('check', description=check.__doc__, formatter_class=raw, allow_abbrev=False)
     q.add_argument('downloads', metavar='folder', type=Path, help='one that train.py --data reads')
     q.add_argument('--out', default='check.png', help='picture to write (default check.png)')
-    q.set_defaults(run=lambda a: check.tell(a.downloads, a.out), side=16, limit=0)
+    q.add_argument('--learnable', action='store_true', help='which questions can be learned at all?')
+    q.set_defaults(run=lambda a: check.tell(a.downloads, a.out, a.learnable), side=16, limit=0)
     a = p.parse_args(argv)
     if not a.downloads.is_dir():
         raise UserError(f'there is no folder {a.downloads}')

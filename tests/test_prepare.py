@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data import UserError
-from experiments import prepare
+from experiments import learnable, prepare
 from folder import Folder
 
 
@@ -477,7 +477,7 @@ def test_hugging_face_reads_what_is_written(coco, tmp_path, monkeypatch):
     assert found['train'][0]['caption'] == 'a dog near a cup'
 
 
-def test_check_tells_what_a_folder_holds(coco, tmp_path, capsys):
+def test_check_tells_what_a_folder_holds(coco, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'out'
     prepare.main(['coco', str(coco), str(out)])
     with open(out / 'train' / 'metadata.jsonl', 'a') as meta:
@@ -490,3 +490,7 @@ def test_check_tells_what_a_folder_holds(coco, tmp_path, capsys):
     assert re.search(r'count +\d+ +1.000 +1 100%', said)
     assert re.search(r"caption: 1 different, the longest of \d+ tokens: 'a dog near a cup'", said)
     assert Image.open(tmp_path / 'check.png').width == 8 * 132 + 4
+    real = learnable.tell
+    monkeypatch.setattr(learnable, 'tell', lambda world: real(world, steps=2))
+    prepare.main(['check', str(out), '--out', str(tmp_path / 'check.png'), '--learnable'])
+    assert '| question | CNN | blind | kept |' in capsys.readouterr().out
