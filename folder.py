@@ -43,7 +43,6 @@ THIRDS = (                     # where an object lies, row by row
     'bottom left', 'bottom center', 'bottom right',
 )
 MOST_PLANNED = 8               # objects in a plan: the largest ones
-SHIFTS = range(-2, 3)          # pixels by which training pictures are moved: learned by heart less soon
 ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field of a Rendering
 TEXTS = {                      # keys whose values are texts, and Hugging Face's names for the same
     'file_name': 'file_name',
@@ -460,20 +459,16 @@ class Folder(DataSet):
         """-> (rows, their Rendering, a random.Random). In training at random; else in order, the
         batches of a stream one after another, fewer at the end."""
         rng = python_random(self.seed, split, stream, index)
-        rows = self.rows[split]
-        moved = (0, 0)                                         # pixels down and to the right
-        if split == 'train':                                   # again and again, but a little moved
-            rows = rng.choices(rows, k=B)
-            moved = rng.choices(SHIFTS, k=2)
+        n = len(self.rows[split])                              # rows of the split
+        if split == 'train':                                   # again and again
+            rows = [self.rows[split][rng.randrange(n)] for _ in range(B)]
         else:
-            first = index * B % len(rows)
-            rows = rows[first:first + B]
+            first = index * B % n
+            rows = self.rows[split][first:first + B]
         chosen = [row['index'] for row in rows]
         found = {}
         for key in ('image', *ANNOTATIONS):
-            pixels = self.arrays[f'{split}.{key}'][chosen]
-            # all alike; what leaves at an edge comes in at the other one
-            found[key] = pixels.roll(moved, (-2, -1)).to(self.device)
+            found[key] = self.arrays[f'{split}.{key}'][chosen].to(self.device)
         mask = found['mask'].long()
         none = torch.zeros_like(mask)                          # no instances are known
         r = Rendering(found['image'] / 255, mask, none, found['depth'] / 255, self.palette)

@@ -3,7 +3,6 @@ import json
 import re
 import shutil
 from functools import partial
-from itertools import product
 
 import numpy as np
 import pytest
@@ -177,25 +176,6 @@ def test_evaluation_splits_are_read_in_order_and_once(root):
         assert seen == world.rows['test']
     rows, r, _ = world.scenes('train', 'questions', 0, 100)              # again and again
     assert len(rows) == len(r.image) == 100
-
-
-def test_training_pictures_are_moved_together_with_their_masks(root):
-    world = Folder(root, 16)
-    names = [row['file'] for row in world.rows['train']]
-    used = set()
-    for index in range(20):
-        rows, r, _ = world.scenes('train', 'moved', index, 4)
-        chosen = [names.index(row['file']) for row in rows]
-        image = world.arrays['train.image'][chosen] / 255                             # [4,3,16,16]
-        mask = world.arrays['train.mask'][chosen].long()                              # [4,16,16]
-        for step in product(range(-2, 3), repeat=2):
-            if torch.equal(r.image, image.roll(step, (-2, -1))):
-                assert torch.equal(r.classes, mask.roll(step, (-2, -1)))
-                used.add(step)
-                break
-        else:
-            pytest.fail('not the picture of the row, by whatever it is moved')
-    assert len(used) > 10
 
 
 def test_learning_by_heart_and_blind_guesses_are_said(root, tmp_path, capsys, monkeypatch):
