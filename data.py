@@ -40,21 +40,25 @@ class UserError(Exception):
     """What a user got wrong: what, which value, how to fix it."""
 
 
+def fail(why: str):
+    """One line on stderr, exit status 2."""
+    why = CONTROL.sub(' ', why)                                # it may quote a stranger's file
+    print(f'error: {why}', file=sys.stderr)
+    sys.exit(2)
+
+
 def guard(main):
-    """Run a command line; what is wrong with input or disk becomes one line on stderr, exit status 2."""
+    """Run a command line; what is wrong with input or disk becomes one line, see fail()."""
     sys.stdout.reconfigure(errors='replace')                   # a terminal may not know all letters
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
-        message = f'error: {e}' if str(e) else 'error: stopped'
-        if isinstance(e, OSError):
-            message += ' (missing? no room? try --out)'
-        print(message, file=sys.stderr)
-        sys.exit(2)
+    except OSError as e:
+        fail(f'{e} (missing? no room? try --out)')
+    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
+        fail(str(e) or 'stopped')
     except Exception as e:
         if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
-            print('error: out of memory: smaller batches or pictures need less', file=sys.stderr)
-            sys.exit(2)
+            fail('out of memory: smaller batches or pictures need less')
         print('this is a bug in nanoUMM; please report it with what follows', file=sys.stderr)
         raise
 
@@ -203,9 +207,11 @@ MAPS = {
 CONTROL = re.compile('[\x00-\x1f\x7f-\x9f]')   # characters that a terminal obeys
 BYTES = [bytes([b]) for b in range(256)]
 # Scripts without spaces between words: from Thai to Burmese, Khmer, Chinese and Japanese. A letter is a
-# word there: else the tokens would be whole sentences. Letters of Indian scripts have marks beside them.
-UNSPACED = '\u0e00-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff'
-WORD = re.compile(rf'[{UNSPACED}]|(?:[^\W{UNSPACED}]|[\u0900-\u0dff])+|[^\w\s{UNSPACED}]+')
+# word there: else the tokens would be whole sentences. Letters of Hebrew, Arabic and Indian scripts have
+# marks beside them.
+UNSPACED = '\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff'
+MARKS = '\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff'
+WORD = re.compile(rf'[{UNSPACED}]|(?:[^\W{UNSPACED}]|[{MARKS}])+|[^\w\s{UNSPACED}{MARKS}]+')
 PIECE = r' ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+'     # no token reaches beyond one
 
 
@@ -234,6 +240,7 @@ class Text:
         self.encode = lru_cache(65536)(self._encode)           # the world's sentences repeat
 
     def _encode(self, text: str) -> list[int]:
+        """In small letters; the first word too has a space before it."""
         words = small(text).split()
         if not words:
             return []

@@ -621,7 +621,8 @@ def main(argv=None):
     p.add_argument('--run', default='out/cpu', help='run folder (default %(default)s)')
     p.add_argument('--n', type=int, default=512, help='pictures for understanding (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
-    p.add_argument('--other_data', action='store_true', help='measure although the data differ')
+    p.add_argument('--other_data', '--other-data', action='store_true',
+                   help='measure although the data differ')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     p.add_argument('--device', default='auto', help='cpu, cuda, mps or auto (default %(default)s)')
     a = p.parse_args(argv)

@@ -35,13 +35,15 @@ from tqdm import tqdm
 from data import (ASK_TO_DRAW, CONTROL, MAX_PLAN, MAX_TEXT, PALETTE, SPLITS, DataSet, Rendering,
                   UserError, World, python_random, written_whole)
 
-FORMAT = 4                     # of the cache: counts changes of what it holds
+FORMAT = 5                     # of the cache: counts changes of what it holds
 MAX_PIXELS = 50_000_000        # a larger picture is refused before it is decoded
 THIRDS = (                     # where an object lies, row by row
     'top left', 'top center', 'top right',
     'middle left', 'middle center', 'middle right',
     'bottom left', 'bottom center', 'bottom right',
 )
+UPPER_LEFT = r'\btop (left|center|right)|\b(top|middle|bottom) left'          # in plans
+LOWER_RIGHT = r'\bbottom (left|center|right)|\b(top|middle|bottom) right'
 MOST_PLANNED = 8               # objects in a plan: the largest ones
 ANNOTATIONS = {'mask': 'classes', 'depth': 'depth'}        # key of a row: field of a Rendering
 TEXTS = {                      # keys whose values are texts, and Hugging Face's names for the same
@@ -61,9 +63,7 @@ FOLDERS = {                    # of a split: names that people give it; '.' is t
 }
 
 
-# ---- pictures ----
-# People bring files of every kind: phones turn pictures by a note beside the pixels, cameras store 16
-# bits, drawings have transparent parts. One function reads them all, for training and for sample.py.
+# ---- colours of any number of classes ----
 def palette(n: int):
     """Colours of n classes, [n, 3]: PALETTE, then points of a grid in the RGB cube, each the farthest
     from all before it, so that the classes named first are told apart best."""
@@ -81,6 +81,9 @@ def palette(n: int):
     return colours
 
 
+# ---- pictures ----
+# People bring files of every kind: phones turn pictures by a note beside the pixels, cameras store 16
+# bits, drawings have transparent parts. One function reads them all, for training and for sample.py.
 def upright(path) -> Image.Image:
     """A picture file of any size and mode: RGB, turned upright, on white."""
     try:
@@ -151,7 +154,10 @@ def plan_of(objects: list[dict], width: int, height: int) -> str:
         box = o.get('bbox')
         if box is None:
             continue                                           # nothing of it is seen
-        x0, y0, x1, y1 = [float(v) for v in box]
+        corners = [v for v in box if type(v) in (int, float)]
+        if len(corners) != 4:
+            corners = [0, 0, 0, 0]                             # which is no box either
+        x0, y0, x1, y1 = corners
         inside = 0 <= x0 < x1 <= width + 1 and 0 <= y0 < y1 <= height + 1
         if not inside:                                         # a pixel of rounding is forgiven
             raise ValueError(f'bbox is {box}: it must be [x0, y0, x1, y1] in pixels of the upright '
@@ -175,7 +181,7 @@ def said_in(row: dict, width: int, height: int) -> dict:
     said = {'file': row['file_name'], 'caption': '', 'qa': []}
     for key in ANNOTATIONS:                                    # to know whether all rows have them
         said[key] = row[key]
-    if row['caption']:                                         # an empty one is none
+    if row['caption'].strip():                                 # an empty one is none
         said['caption'] = text_of(row['caption'], 'caption')
     for q in list_of(row, 'qa'):
         kind = text_of(q.get('type', 'question'), 'type').lower()          # Colour is colour
@@ -233,8 +239,9 @@ def class_names(path: Path) -> list:
         return []
     try:
         names = json.loads(path.read_bytes())['mask_classes']
-        if type(names) is not list or len(names) > 255:
-            raise ValueError('a list of 255 names at most')
+        if type(names) is not list or len(names) > 255 or len(set(names)) < len(names):
+            raise ValueError('a list of 255 different names at most')
+        names = [text_of(name, 'a class') for name in names]
     except Exception as e:                                     # whatever else it may hold
         raise UserError(f'{path} is not {{"mask_classes": ["background", ...]}}: {e!r:.60}')
     return names
@@ -306,7 +313,7 @@ class Folder(DataSet):
             print(f'{self.root}: {len(new)} of {len(asked)} answers of validation and test never occur '
                   f'in train with their type of question, such as {new[0]}: they count as wrong')
         plans = ' '.join(row['plan'] for row in self.all_rows())
-        if re.search('top|left', plans) and not re.search('right|bottom', plans):
+        if re.search(UPPER_LEFT, plans) and not re.search(LOWER_RIGHT, plans):
             print(f'{self.root}: no object lies at the right or the bottom of any picture. Are its '
                   'boxes [x, y, width, height]? They must be [x0, y0, x1, y1]')
         if 'classes' not in self.annotated:
@@ -344,16 +351,16 @@ class Folder(DataSet):
         return True
 
     def refuse(self, at: str, why: str):
-        """A bad row: UserError or, with skip_bad, added to self.bad."""
+        """A bad row at 'train/metadata.jsonl:3': UserError or, with skip_bad, one more of self.bad."""
         message = f'{self.root / at}: {why}'
         self.bad.append(message)
         if not self.skip_bad:
             raise UserError(f'{message}. Mend the line, or leave it out: --skip-bad')
 
     def need(self, split: str, rows: list):
-        """An empty split measures nothing."""
+        """UserError for an empty split: it measures nothing."""
         if not rows:
-            raise UserError(f'{self.root} has no row for {split} that can be used. {self.bad[-1:]}')
+            raise UserError(f'{self.root} has no row for {split} that can be used. {self.bad[:1]}')
 
     # -- reading the folder
     def cached(self):
@@ -363,12 +370,13 @@ class Folder(DataSet):
         # no cache, or one that is cut off or foreign: decode again
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):
             arrays = load_file(path)
-            of, rows = json.loads(arrays.pop('rows').numpy().tobytes())
+            of, rows, bad = json.loads(arrays.pop('rows').numpy().tobytes())
             if of == known:
+                self.bad = bad
                 return rows, arrays
         rows, arrays = self.read()
         # the rows travel in the same file, as the bytes of their JSON
-        text = bytearray(json.dumps([known, rows]), 'utf-8')
+        text = bytearray(json.dumps([known, rows, self.bad]), 'utf-8')
         text = torch.frombuffer(text, dtype=torch.uint8)
         try:
             path.parent.mkdir(exist_ok=True)
@@ -445,10 +453,8 @@ class Folder(DataSet):
                         raise ValueError(f'its picture is in {goes} too')
                     kept[goes].append((row | {'at': at}, found))
                 except Exception as e:                         # a stranger's data: whatever is wrong
-                    why = ' '.join(str(e).split())[:200]
-                    if not isinstance(e, (UserError, ValueError)):
-                        why = f'{type(e).__name__}: {why}'
-                    self.refuse(at, why)
+                    why = str(e) if isinstance(e, (UserError, ValueError)) else repr(e)
+                    self.refuse(at, CONTROL.sub(' ', why)[:200])
 
     # -- what a data set defines
     def limit(self, split):

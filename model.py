@@ -608,8 +608,7 @@ def check_config(c: Config):
         if type(value) is not type(f.default):
             raise ValueError(f'{f.name} is {value!r:.40}')
         if one_of and value not in one_of:
-            names = ', '.join(one_of)
-            raise ValueError(f'{f.name} is {value!r:.40}: choose one of {names}')
+            raise ValueError(f"{f.name} is {value!r:.40}: choose one of {', '.join(one_of)}")
         if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f'{f.name} is {value}: it must be from {least} to {most}')
     units = {'size': c.patch, 'vq_width': 8, 'n_embd': 4 * c.n_head}
@@ -639,13 +638,13 @@ def read_checkpoint(path):
 def load(path, device='cpu'):
     """-> (tokenizer, umm, text, all tensors, meta) of a checkpoint; UserError if it is not sound."""
     if not Path(path).is_file():
-        raise UserError(f'no checkpoint {path}: make one with `python train.py`, or name yours')
+        raise UserError(f'no checkpoint {path}: make one with `python train.py` without --resume, or '
+                        'name yours')
     try:
         c, text, tensors, meta = read_checkpoint(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
-        why = f'{type(e).__name__}: {str(e)[:80]}'
         raise UserError(f'cannot read {path}: it is not a whole nanoUMM checkpoint, or not for you '
-                        f'({why}); copy it anew or train again')
+                        f'({e!r:.90}); copy it anew or train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
         networks = both(VQTokenizer(c), UMM(c, text.size))
     wanted = networks.state_dict()

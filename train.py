@@ -105,7 +105,6 @@ class Settings(Config):
     w_proxy: float = setting(.6, 'weight of the mean loss of maps')
     # -- how maps and drawings are taught
     hide: float = setting(.75, 'share of maps written without sight of their earlier codes', most=1)
-    drop: float = setting(.1, 'share of empty prompts, for classifier-free guidance', most=1)
     # -- measuring and saving
     cfg: float = setting(2., 'guidance scale in the evaluation')
     eval_n: int = setting(512, 'pictures in the evaluation', least=16)
@@ -379,8 +378,6 @@ class Run:
     def resume(self, state: Path):
         """Take up what was saved -> (text tokens, meta); the settings must be those it began with."""
         s = self.s
-        if not state.exists():
-            raise UserError(f'nothing to resume: there is no {state}; leave out --resume to start')
         self.tok, self.umm, text, self.saved, meta = load(state, self.device)
         self.stage, self.step = meta['stage'], meta['step']
         old = meta['settings']
@@ -391,20 +388,22 @@ class Run:
         # these may differ from one start to the next
         free = ('resume', 'overwrite', 'out', 'data', 'device', 'threads', 'until', 'cfg', 'eval_n',
                 'log_every', 'save_every', 'sample_every')
-        for name, value in vars(s).items():
-            if name not in free and old.get(name) != value:
-                raise UserError(f'--resume needs the settings that the run in {s.out} began with: '
-                                f'{name} is {value!r} here, {old.get(name)!r} there')
+        self.must_agree(old, [name for name in vars(s) if name not in free], s.out)
         return text, meta
+
+    def must_agree(self, theirs: dict, names, path: str):
+        """UserError where settings of these names are not those of another run."""
+        for name in names:
+            ours = getattr(self.s, name)
+            if theirs.get(name) != ours:
+                raise UserError(f'--{name} is {ours!r}, but {path} was made with {theirs.get(name)!r}')
 
     def begin_from(self, path: str):
         """Post-train another run's model -> text tokens. Its architecture must be the one asked for."""
         self.tok, self.umm, text, _, _ = load(path, self.device)
         self.stage = 'posttrain'                               # its first two stages are done
-        for name, theirs in vars(self.umm.c).items():
-            ours = getattr(self.s, name)
-            if theirs != ours:
-                raise UserError(f'--{name} is {ours!r}, but {path} was made with {theirs!r}')
+        config = vars(self.umm.c)
+        self.must_agree(config, config, path)
         return text
 
     def open_data(self, text):
@@ -485,8 +484,7 @@ def seconds_a_step(run: Run, dtype: str, threads: int) -> float:
     losses['loss'].backward()
     run.umm.source.grad.sum().item()                           # a GPU is waited for
     run.umm.zero_grad()
-    spent = time.perf_counter() - begin
-    spent = torch.tensor(spent, device=run.device)
+    spent = torch.tensor(time.perf_counter() - begin, device=run.device)
     if SEVERAL:
         together(dist.all_reduce, spent, dist.ReduceOp.MAX)    # all processes choose alike
     return spent.item()
@@ -715,7 +713,7 @@ def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., late
         out['text'], _ = losses_of(run, seq)
     if n_draw and world.captions:
         # pictures from captions
-        seq, target = world.drawings('train', index, my_share(n_draw), s.drop)
+        seq, target = world.drawings('train', index, my_share(n_draw))
         out['plan'], out['draw'] = losses_of(run, seq, target)
     if n_maps:
         # maps of pictures
@@ -831,8 +829,7 @@ def finish(run: Run, begin: float):
     print(f"\n{scores['minutes']:.1f} minutes since this start")
     task = 'reconstruct PICTURE'
     if umm:
-        samples = sample.picture(umm, run.tok, run.world, s.cfg)
-        samples.save(run.dir / 'samples.png')
+        sample.picture(umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
         task = f'draw "{run.world.example}" --n 1'
     print(f'Look at the pictures in {run.dir}, then:\n'
           f'python sample.py {task} --checkpoint {run.dir}/model.safetensors')

@@ -234,7 +234,7 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
         nonlocal index
         index += 1
         world.questions('train', index, s.post_ask, s.questions, kinds=world.asked)
-        world.drawings('train', index, s.post_draw, s.drop)
+        world.drawings('train', index, s.post_draw)
         world.maps_to_draw('train', index, maps, s.proxy)
 
     def loss(late):

@@ -132,7 +132,8 @@ class Writer:
         if kind:
             return
         if empty:
-            raise UserError(f'no pictures for {empty[0]}: {dict(self.count)}; is the download complete?')
+            raise UserError(f'no pictures for {empty[0]}: {dict(self.count)}; is the download complete? '
+                            'Where splits are missing, ten pictures are needed at least')
         self.part.rename(self.out)
         if self.boxes:
             print(f'{self.boxes} objects have no polygon: their boxes stand for their masks')
@@ -361,9 +362,11 @@ def read_downloads(root: Path, bad: Bad) -> list[Notes]:
         else:
             print(f'{path} holds neither instances nor captions of COCO and is left out')
     if not found['instances']:
-        raise UserError(f'no instances_*.json under {root}: see -h for where to get it')
+        raise UserError(f'no instances_*.json, with lists of images, annotations and categories, under '
+                        f'{root}: see -h for where to get it')
     pictures = pictures_under(root)
     files, owner = [], {}                                      # owner: {picture: file of annotations}
+    used = set()                                               # files of captions
     for path, content in found['instances']:
         split = split_of(path.relative_to(root))
         there = located(path, content['images'], root, pictures, bad)
@@ -376,15 +379,36 @@ def read_downloads(root: Path, bad: Bad) -> list[Notes]:
             for key, entries in by_id(path, content['categories'], 'id', bad).items():
                 names[key] = str(entries[0].get('name', key)).lower()
             objects = by_id(path, content['annotations'], 'image_id', bad)
-            captions = captions_of(there, split, found['captions'], root, bad)
+            check_objects(path, content['images'], objects, bad)
+            captions = captions_of(there, split, found['captions'], root, bad, used)
             files.append(Notes(path, split, there, names, objects, captions))
     if not files:
         raise UserError(f'no pictures of these annotations under {root}: see -h for where to get them')
+    for path, _ in found['captions']:
+        if path not in used:
+            print(f'{path}: no caption belongs to a picture that is there (split and ids must be those '
+                  'of the instances), all are left out')
     return files
 
 
-def captions_of(there: dict, split, files: list, root: Path, bad: Bad) -> dict:
-    """{id of a picture: its captions} of the files of that split, else of those that tell none."""
+def check_objects(path: Path, images: list, objects: dict, bad: Bad):
+    """Note objects of no picture, and boxes that are no pixels."""
+    known = by_id(path, images, 'id', Bad(True))
+    boxes = []
+    for key, annotations in objects.items():
+        if key not in known:
+            number = annotations[0].get('id')
+            bad.note(f'{path}: annotation {number} has image_id {key!r}, which no picture has')
+        boxes += [n['bbox'] for n in annotations if n.get('bbox')]
+    numbers = [v for box in boxes if isinstance(box, list) for v in box if isinstance(v, (int, float))]
+    if numbers and max(numbers) <= 1:
+        raise UserError(f'{path}: no box is larger than 1: bbox must be [x, y, width, height] in '
+                        'pixels, not in shares of the picture')
+
+
+def captions_of(there: dict, split, files: list, root: Path, bad: Bad, used: set) -> dict:
+    """{id of a picture: its captions} of the files of that split, else of those that tell none; files
+    of which there is one are added to `used`."""
     same = [file for file in files if split_of(file[0].relative_to(root)) == split]
     same = same or [file for file in files if split_of(file[0].relative_to(root)) is None]
     said = defaultdict(list)
@@ -400,6 +424,7 @@ def captions_of(there: dict, split, files: list, root: Path, bad: Bad) -> dict:
             for entry in entries:
                 if isinstance(entry.get('caption'), str) and in_one_line(entry['caption']):
                     said[key].append(in_one_line(entry['caption']))
+                    used.add(path)
                 else:
                     bad.note(f'{path}: annotation {entry.get("id")} has no caption')
     return said
@@ -435,7 +460,7 @@ def dealt(split: str, k: int, there: set) -> str:
     lacking = [name for name in SPLITS if name not in there]
     if alone:
         lacking = ['validation', 'test']
-    tenths = dict(zip((9, 8), lacking))
+    tenths = dict(zip((9, 8), lacking))                        # the last of ten, and the one before
     return tenths.get(k % 10, 'train')
 
 
@@ -489,7 +514,7 @@ def chosen_classes(a, files: list[Notes]) -> list:
                 count[notes.categories.get(str(n.get('category_id')))] += 1
     if not a.classes:
         return [name for name, _ in count.most_common() if name]
-    kept = a.classes.lower().split(',')
+    kept = [name.strip() for name in a.classes.lower().split(',')]
     names = {name for notes in files for name in notes.categories.values()}
     unknown = [name for name in kept if name not in names]
     if unknown:
@@ -520,7 +545,8 @@ def coco(a):
 
 
 def write_coco(writer, split: str, notes: Notes, key: str, kept: list, rng):
-    """One picture. Objects are painted from the largest to the smallest; crowds are ignored (255)."""
+    """One picture. Objects are painted from the largest to the smallest; the boxes of crowds are ignored
+    (255). Of several captions the first one counts."""
     im, path = notes.pictures[key]
     annotations = notes.objects.get(key, [])
     image = upright(path)
@@ -530,7 +556,10 @@ def write_coco(writer, split: str, notes: Notes, key: str, kept: list, rng):
     shapes = []                                                # (area of box, name, box, layer, crowd)
     for n in annotations:
         try:
-            name = notes.categories[id_of(n, 'category_id')]
+            category = id_of(n, 'category_id')
+            if category not in notes.categories:
+                raise ValueError(f'category_id is {category}: the file has no such category')
+            name = notes.categories[category]
             box, layer = shape_of(n, image.size)
         except (LookupError, TypeError, ValueError) as e:
             raise ValueError(f'annotation {n.get("id")}: {e}')
@@ -542,22 +571,24 @@ def write_coco(writer, split: str, notes: Notes, key: str, kept: list, rng):
         writer.others += 1
         return
     mask = Image.new('L', image.size)
-    found, crowds = [], False                                  # found: (name, [x0, y0, x1, y1])
+    found, crowds = [], []                                     # (name, [x0, y0, x1, y1]); names
     for area, name, box, layer, crowd in sorted(shapes, key=lambda shape: shape[0], reverse=True):
-        crowds = crowds or crowd
+        x0, y0, x1, y1 = [round(v) for v in box]
+        filled = x0, y0, max(x0 + 1, x1), max(y0 + 1, y1)      # a pixel at least
         if crowd:
-            ImageDraw.Draw(mask).rectangle(box, 255)
+            crowds.append(name)
+            mask.paste(255, filled)
             continue
         ink = 1 + kept.index(name)
         if layer is None:
-            ImageDraw.Draw(mask).rectangle(box, ink)
+            mask.paste(ink, filled)
             writer.boxes += 1
         else:
             mask.paste(ink, (0, 0), layer)
         if area > 0:
             found.append((name, box))
-    told = notes.captions.get(key) or [listed(found)]
-    qa = asked(found, kept, image.width, rng, crowds)
+    told = notes.captions.get(key) or [listed(found, crowds)]
+    qa = asked(found, kept, image.width, rng, bool(crowds))
     writer.row(split, image, mask, found, caption=told[0], qa=qa)
     if not annotations:
         writer.empty += 1                                      # nothing to see is worth knowing, too
@@ -584,6 +615,8 @@ def layer_of(shape, size: tuple):
     if not shape:
         return None
     if isinstance(shape, list):
+        if not all(isinstance(ring, list) for ring in shape):
+            raise ValueError(f'segmentation is {shape!r:.40}: it must be a list of polygons [x, y, ...]')
         layer = Image.new('L', size)
         paint = ImageDraw.Draw(layer)
         for ring in shape:
@@ -608,11 +641,15 @@ def decompressed(shape: dict):
         from pycocotools import mask as packed
     except ImportError:
         raise UserError('compressed run lengths: pip install -r experiments/requirements-prepare.txt')
-    return packed.decode({'size': shape['size'], 'counts': shape['counts'].encode()})
+    bits = packed.decode({'size': shape['size'], 'counts': shape['counts'].encode()})
+    again = packed.encode(np.asfortranarray(bits))['counts']
+    if again.decode() != shape['counts']:                      # too short ones are not noticed there
+        raise ValueError(f"counts are {shape['counts']!r:.40}: they do not fill the picture")
+    return bits
 
 
-def listed(found: list) -> str:
-    """'a dog, a car and two persons': the five largest kinds."""
+def listed(found: list, crowds=()) -> str:
+    """'a dog, a car and two persons': the five largest kinds, then names of which there is a crowd."""
     count = Counter(name for name, _ in found)
     words = []
     for name, n in list(count.items())[:5]:
@@ -621,6 +658,7 @@ def listed(found: list) -> str:
         else:
             number = data.NUMBERS[n] if n < 5 else 'many'
             words.append(f'{number} {plural(name)}')
+    words += [f'many {plural(name)}' for name in dict.fromkeys(crowds) if name not in count]
     return data.and_between(words) if words else 'nothing'
 
 
@@ -633,10 +671,8 @@ def asked(found: list, kept: list, width: int, rng, crowd: bool) -> list:
     qa = []
     if found:
         qa.append(yes_no(rng.choice(there), True))
-    if absent:
-        name = rng.choice(absent)
-        if not crowd:
-            qa.append(yes_no(name, False))
+    if absent and not crowd:
+        qa.append(yes_no(rng.choice(absent), False))
     for name in rng.sample(there, min(2, len(there))):
         if count[name] <= 4 and not crowd:
             qa.append(question('count', f'How many {plural(name)} are there?', str(count[name])))

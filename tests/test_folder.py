@@ -341,6 +341,8 @@ def test_a_bad_row_is_named_with_its_line_or_left_out(root, how, capsys):
     world = Folder(root, 16, skip_bad=True)
     assert len(world.rows['train']) == 23
     assert 'left out 1 bad row' in capsys.readouterr().out
+    Folder(root, 16, skip_bad=True)                        # from its cache
+    assert 'left out 1 bad row' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('skip', [False, True])
@@ -393,6 +395,11 @@ def test_boxes_of_width_and_height_are_noticed(root, capsys):
             change(root, k, split, objects=[{'name': 'x', 'bbox': [1, 3, 8, 8]}])
     Folder(root, 16)
     assert 'Are its boxes [x, y, width, height]?' in capsys.readouterr().out
+    for split, n in ROWS.items():                          # in the middle, and 'top' is in its name
+        for k in range(n):
+            change(root, k, split, objects=[{'name': 'laptop', 'bbox': [9, 6, 14, 10]}])
+    Folder(root, 16)
+    assert 'Are its boxes' not in capsys.readouterr().out
 
 
 def test_numbers_and_booleans_are_answers(root):
@@ -451,6 +458,8 @@ def test_one_number_that_is_not_finite_spoils_no_depth_map(root):
     '["background"]',
     '{"mask_classes": 5}',
     '{"mask_classes": "pet"}',
+    '{"mask_classes": ["background", null]}',
+    '{"mask_classes": ["background", "cat", "cat"]}',
     '[' * 10**5,
     '{',
 ])

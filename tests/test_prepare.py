@@ -140,6 +140,13 @@ def coco(tmp_path):
     return root
 
 
+def converted(coco, tmp_path, *flags) -> list:
+    """-> the training rows that are written under tmp_path / 'out'."""
+    out = tmp_path / 'out'
+    prepare.main(['coco', str(coco), str(out), *flags])
+    return rows_of(out)
+
+
 def content_of(coco) -> dict:
     return json.loads((coco / 'instances_val2017.json').read_text())
 
@@ -163,8 +170,7 @@ def test_coco_texts(coco, tmp_path, capsys):
 
 
 def test_in_a_crowd_nothing_is_counted_or_denied(coco, tmp_path):
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
-    first = rows_of(tmp_path / 'out')[0]
+    first = converted(coco, tmp_path)[0]
     asked = [(q['type'], q['answer']) for q in first['qa']]
     assert ('exist', 'yes') in asked
     assert ('exist', 'no') not in asked
@@ -186,8 +192,7 @@ def test_coco_masks(coco, tmp_path):
 
 def test_coco_without_captions_lists_the_objects(coco, tmp_path):
     (coco / 'captions_val2017.json').unlink()
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--classes', 'cup', '--limit', '2'])
-    rows = rows_of(tmp_path / 'out')
+    rows = converted(coco, tmp_path, '--classes', 'cup', '--limit', '2')
     assert [row['caption'] for row in rows] == ['a cup', 'a cup']
 
 
@@ -250,7 +255,7 @@ def test_numbers_of_categories_belong_to_their_file(coco, tmp_path):
     """Dog and cup have each other's numbers in the second file."""
     other = [{'id': 9, 'name': 'dog'}, {'id': 7, 'name': 'cup'}]
     split_files(coco, {}, {'categories': other})
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    converted(coco, tmp_path, '--side', '60')
     assert len(rows_of(tmp_path / 'out', 'validation')) == 10
     for split, left in (('train', 'dog'), ('validation', 'cup')):
         for row in rows_of(tmp_path / 'out', split):
@@ -267,7 +272,7 @@ def test_files_of_other_kinds_are_left_out_and_ids_may_be_texts(coco, tmp_path, 
     (coco / 'instances_val2017.json').write_bytes(b'\xef\xbb\xbf' + text.encode())
     (coco / 'panoptic_val2017.json').write_text('{"images": [], "annotations": [{"image_id": 1}]}')
     (coco / 'list.json').write_text('[1]')
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    converted(coco, tmp_path)
     said = capsys.readouterr().out
     assert 'panoptic_val2017.json holds neither' in said
     assert 'list.json holds neither' in said
@@ -282,7 +287,7 @@ def test_pictures_that_are_not_there_are_counted(coco, tmp_path, capsys):
         im = {'id': i, 'file_name': f'{i}.jpg', 'width': 9, 'height': 9}
         content['images'].append(im)
     (coco / 'instances_train2017.json').write_text(json.dumps(content))
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    converted(coco, tmp_path)
     assert '5 of 5 pictures are not there' in capsys.readouterr().out
 
 
@@ -337,7 +342,7 @@ def test_captions_are_joined_to_the_instances_of_their_split(coco, tmp_path):
             captions.append({'image_id': number, 'caption': f'of {split}'})
         write(coco / f'instances_{split}.json', content)
         write(coco / f'captions_{split}.json', {'annotations': captions})
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    converted(coco, tmp_path)
     for split, caption in (('train', 'of train'), ('validation', 'of val')):
         assert {row['caption'] for row in rows_of(tmp_path / 'out', split)} == {caption}
 
@@ -368,7 +373,7 @@ def test_pictures_are_read_as_for_training(coco, tmp_path):
     Image.fromarray(bright).save(coco / 'pictures' / '2.png')
     content['images'][2]['file_name'] = '2.png'
     write(coco / 'instances_val2017.json', content)
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    converted(coco, tmp_path, '--side', '60')
     found = []
     for row in rows_of(tmp_path / 'out')[:3]:
         picture = Image.open(tmp_path / 'out' / 'train' / row['file_name'])
@@ -387,7 +392,7 @@ def test_other_json_is_named_and_left_out(coco, tmp_path, capsys):
     write(coco / 'panoptic_val2017.json', {**content, 'annotations': segments})
     write(coco / 'image_info_test2017.json', {'images': content['images'], 'categories': KINDS})
     write(coco / 'package.json', ['anything'])
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    converted(coco, tmp_path)
     said = capsys.readouterr().out
     for name in ('panoptic_val2017', 'image_info_test2017', 'package'):
         assert f'{name}.json holds neither' in said
@@ -401,7 +406,9 @@ def test_other_json_is_named_and_left_out(coco, tmp_path, capsys):
     {'bbox': [1, 2, float('nan'), 3]},
     {'bbox': [10, 10, 59, 39]},
     {'image_id': None},
+    {'image_id': '0001'},
     {'segmentation': [['a', 'b']]},
+    {'segmentation': [4, 10, 20, 10, 20, 30]},
 ])
 def test_a_wrong_annotation_is_named_or_left_out(coco, tmp_path, capsys, spoilt):
     content = content_of(coco)
@@ -435,7 +442,7 @@ def test_boxes_come_from_polygons_and_pictures_without_objects_stay(coco, tmp_pa
     content['annotations'] = [{**without, 'image_id': i} for i in range(19)]
     write(coco / 'instances_val2017.json', content)
     (coco / 'captions_val2017.json').unlink()
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
+    converted(coco, tmp_path, '--side', '60')
     assert '1 pictures have no objects' in capsys.readouterr().out
     rows = rows_of(tmp_path / 'out')
     assert rows[0]['objects'] == [{'name': 'dog', 'bbox': [2, 10, 23, 31]}]
@@ -445,20 +452,57 @@ def test_boxes_come_from_polygons_and_pictures_without_objects_stay(coco, tmp_pa
     assert [q['answer'] for q in last['qa']] == ['no']
 
 
+def annotate_all(coco, note: dict):
+    """The one object of every picture."""
+    content = content_of(coco)
+    content['annotations'] = [{**note, 'image_id': i} for i in range(20)]
+    write(coco / 'instances_val2017.json', content)
+
+
+def test_boxes_in_shares_of_the_picture_are_no_pixels(coco, tmp_path):
+    annotate_all(coco, {'category_id': 9, 'bbox': [.1, .2, .3, .4]})
+    refused(['coco', coco, tmp_path / 'out'], 'no box is larger than 1')
+
+
+def test_a_box_that_stands_for_a_mask_covers_its_pixels_and_no_more(coco, tmp_path):
+    annotate_all(coco, {'category_id': 9, 'bbox': [10, 5, 20, 20]})
+    row = converted(coco, tmp_path, '--side', '60')[0]
+    mask = Image.open(tmp_path / 'out' / 'train' / row['mask'])
+    expected = np.zeros((40, 60), np.uint8)
+    expected[5:25, 10:30] = 1
+    assert (np.array(mask) == expected).all()
+
+
+def test_a_crowd_alone_is_something(coco, tmp_path):
+    annotate_all(coco, CUPS)
+    (coco / 'captions_val2017.json').unlink()
+    rows = converted(coco, tmp_path)
+    assert {row['caption'] for row in rows} == {'many cups'}
+
+
+def test_captions_that_belong_to_no_picture_are_said(coco, tmp_path, capsys):
+    captions = [{'image_id': 1000 + i, 'caption': 'a cup'} for i in range(20)]
+    write(coco / 'captions_val2017.json', {'annotations': captions})
+    converted(coco, tmp_path)
+    assert 'captions_val2017.json: no caption belongs to a picture' in capsys.readouterr().out
+
+
+def test_run_lengths_that_end_too_early_are_named(coco, tmp_path):
+    pytest.importorskip('pycocotools.mask')
+    content = content_of(coco)
+    content['annotations'][4]['segmentation'] = {'size': [40, 60], 'counts': 'zzzz'}
+    write(coco / 'instances_val2017.json', content)
+    refused(['coco', coco, tmp_path / 'out'], 'picture 2 .*do not fill the picture')
+
+
 def test_compressed_run_lengths(coco, tmp_path):
     packed = pytest.importorskip('pycocotools.mask')
     layer = np.zeros((40, 60), np.uint8, order='F')
     layer[5:9, 30:33] = 1
     shape = packed.encode(layer)
-    content = content_of(coco)
-    content['annotations'] = []
-    for i in range(20):
-        counts = shape['counts'].decode()
-        note = {'image_id': i, 'category_id': 9, 'segmentation': {'size': [40, 60], 'counts': counts}}
-        content['annotations'].append(note)
-    write(coco / 'instances_val2017.json', content)
-    prepare.main(['coco', str(coco), str(tmp_path / 'out'), '--side', '60'])
-    row = rows_of(tmp_path / 'out')[0]
+    counts = shape['counts'].decode()
+    annotate_all(coco, {'category_id': 9, 'segmentation': {'size': [40, 60], 'counts': counts}})
+    row = converted(coco, tmp_path, '--side', '60')[0]
     assert row['objects'] == [{'name': 'cup', 'bbox': [30, 5, 33, 9]}]
     mask = Image.open(tmp_path / 'out' / 'train' / row['mask'])
     assert (np.array(mask) == layer).all()
@@ -469,7 +513,7 @@ def test_hugging_face_reads_what_is_written(coco, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     datasets = pytest.importorskip('datasets')
-    prepare.main(['coco', str(coco), str(tmp_path / 'out')])
+    converted(coco, tmp_path)
     Folder(tmp_path / 'out', 16)                           # its cache is in no one's way
     found = datasets.load_dataset('imagefolder', data_dir=str(tmp_path / 'out'), cache_dir=str(tmp_path))
     assert found.num_rows == {'train': 16, 'validation': 2, 'test': 2}
@@ -480,11 +524,15 @@ def test_hugging_face_reads_what_is_written(coco, tmp_path, monkeypatch):
 def test_check_tells_what_a_folder_holds(coco, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'out'
     prepare.main(['coco', str(coco), str(out)])
-    with open(out / 'train' / 'metadata.jsonl', 'a') as meta:
-        meta.write('{}\n')
+    meta = out / 'train' / 'metadata.jsonl'
+    first, *others = meta.read_text().splitlines()
+    first = first.replace('"name": "cup"', '"name": "mug"')
+    meta.write_text('\n'.join([first, *others, '{}']))
     prepare.main(['check', str(out), '--out', str(tmp_path / 'check.png')])
     said = capsys.readouterr().out
     assert 'left out 1 bad rows' in said
+    assert 'bad: ' in said
+    assert 'objects that are no class, how often:\n  mug 1' in said
     assert 'train: 16 rows, 16 pictures, from (60, 40) to (60, 40) pixels' in said
     assert re.search(r'dog +1\d\.\d% +20', said)
     assert re.search(r'count +\d+ +1.000 +1 100%', said)

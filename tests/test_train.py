@@ -280,7 +280,7 @@ def naive_loss(run, index):
     """Of two pictures each with questions, to draw and with maps, from the batches of that number."""
     s, world, tok, umm = run.s, run.world, run.tok, run.umm
     asked, _ = world.questions('train', index, 2, s.questions)
-    drawing, picture = world.drawings('train', index, 2, s.drop)
+    drawing, picture = world.drawings('train', index, 2)
     maps, target, _ = world.maps_to_draw('train', index, 2, 'seg')
     drawing.codes = tok.encode(picture)
     maps.codes = tok.encode(target)
