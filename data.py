@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product, takewhile
+from itertools import pairwise, product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 SPLITS = ('train', 'val', 'test')
 MAX_TEXT = 512                 # tokens of the longest text
@@ -126,11 +127,11 @@ PALETTE = torch.tensor([
 
 class Rendering(NamedTuple):
     """B pictures and what is known of each pixel."""
-    image: torch.Tensor              # [B,3,S,S] in [0, 1]: all that a model may see
-    classes: torch.Tensor            # [B,S,S] row of the palette, 255 = ignored
-    instance: torch.Tensor           # [B,S,S] number of the object, 0 = background
-    depth: torch.Tensor              # [B,S,S] nearness, 0 = background, 1 = nearest
-    palette: torch.Tensor = PALETTE  # [classes,3]
+    image: Tensor              # [B,3,S,S] in [0, 1]: all that a model may see
+    classes: Tensor            # [B,S,S] row of the palette, 255 = ignored
+    instance: Tensor           # [B,S,S] number of the object, 0 = background
+    depth: Tensor              # [B,S,S] nearness, 0 = background, 1 = nearest
+    palette: Tensor = PALETTE  # [classes,3]
 
 
 # ---- maps, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
@@ -174,15 +175,14 @@ def picture(r: Rendering):
     return r.image
 
 
-def classes_of(images, palette=PALETTE):
+def classes_of(images, palette):
     """Generated maps [B, 3, S, S] -> class maps [B, S, S]: the nearest colour of the palette."""
     colours = palette.to(images.device) / 255                                         # [k,3]
     pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
     return torch.cdist(pixels, colours).argmin(-1)                                    # [B,S,S]
 
 
-@dataclass(frozen=True)
-class Map:
+class Map(NamedTuple):
     """All that the project knows of one kind of map."""
     draw: Callable                   # Rendering -> [B,3,S,S] in [0, 1], the target
     words: tuple                     # instructions in words, one is drawn at random
@@ -241,10 +241,8 @@ class Text:
 
     def _encode(self, text: str) -> list[int]:
         """In small letters; the first word too has a space before it."""
-        words = small(text).split()
-        if not words:
-            return []
-        return self.bpe.encode_ordinary(' ' + ' '.join(words))
+        spaced = [f' {word}' for word in small(text).split()]
+        return self.bpe.encode_ordinary(''.join(spaced))
 
     def decode(self, ids) -> str:
         ids = takewhile(lambda i: i != self.end, ids)          # what follows the end says nothing
@@ -267,7 +265,7 @@ class Text:
         while len(vocab) < size - 2:
             pairs = Counter()
             for word in words:
-                pairs.update(zip(word, word[1:]))
+                pairs.update(pairwise(word))
             if not pairs:
                 break
             pair = max(pairs, key=lambda p: (pairs[p], p))
@@ -289,11 +287,11 @@ def merge(word: list[bytes], pair: tuple):
 class Sequence:
     """A batch of [picture][text][codes]; picture and codes may be absent. The text is made of turns that
     see the picture but not each other: many questions cost one pass. The codes continue turn 1."""
-    text: torch.Tensor                       # [B*R,T] token ids; R rows of text share a picture
-    turn: torch.Tensor                       # [B*R,T] 1, 2, ..., or -1 for padding
-    target: torch.Tensor | None = None       # [B*R,T] the token to predict here, -1 = none
-    image: torch.Tensor | None = None        # [B,3,S,S] in [0, 1]
-    codes: torch.Tensor | None = None        # [B,N] codes of the picture to generate
+    text: Tensor                       # [B*R,T] token ids; R rows of text share a picture
+    turn: Tensor                       # [B*R,T] 1, 2, ..., or -1 for padding
+    target: Tensor | None = None       # [B*R,T] the token to predict here, -1 = none
+    image: Tensor | None = None        # [B,3,S,S] in [0, 1]
+    codes: Tensor | None = None        # [B,N] codes of the picture to generate
 
 
 def tokens_of(text: Text, number: int, ask: str, answer: str | None) -> list[tuple]:
@@ -469,13 +467,13 @@ THEMES = torch.tensor([
 
 class Scenes(NamedTuple):
     """B scenes as tensors; slots are in reading order, those from n on are empty."""
-    n: torch.Tensor            # [B] number of objects, 1 to 4
-    shape: torch.Tensor        # [B,4] index into SHAPES
-    colour: torch.Tensor       # [B,4] index into COLOURS
-    cell: torch.Tensor         # [B,4] index into CELLS
-    xy: torch.Tensor           # [B,4,2] centres
-    z: torch.Tensor            # [B,4] depth, 0 near to 1 far
-    theme: torch.Tensor        # [B] what may be counted: 0-4 a shape, 5-10 a colour, -1 nothing
+    n: Tensor            # [B] number of objects, 1 to 4
+    shape: Tensor        # [B,4] index into SHAPES
+    colour: Tensor       # [B,4] index into COLOURS
+    cell: Tensor         # [B,4] index into CELLS
+    xy: Tensor           # [B,4,2] centres
+    z: Tensor            # [B,4] depth, 0 near to 1 far
+    theme: Tensor        # [B] what may be counted: 0-4 a shape, 5-10 a colour, -1 nothing
 
     @property
     def radius(self):
@@ -703,11 +701,6 @@ def one_either_way(found: list, rng):
     return first + rng.sample([a, b], 2), answer
 
 
-def pairs_of(scene: Scene) -> list:
-    """All (a, b) of objects, a with itself too."""
-    return list(product(scene.objects, scene.objects))
-
-
 def times(scene: Scene, word: str) -> int:
     """How many objects have this shape or colour."""
     return sum(word in (o.shape, o.colour) for o in scene.objects)
@@ -740,6 +733,11 @@ def ask_shape(scene, rng):
     return one_of([([o.colour], o.shape) for o in found], rng)
 
 
+def all_names(colours, shapes) -> set:
+    """'red ring', ...: each colour with each shape."""
+    return {f'{colour} {shape}' for colour, shape in product(colours, shapes)}
+
+
 def ask_exist(scene, rng):
     """'is there a red ring?' 'no' recombines colours and shapes that are there, if possible (as in the
     adversarial split of POPE, Li et al. 2023)."""
@@ -748,21 +746,15 @@ def ask_exist(scene, rng):
     there = {o.name for o in scene.objects}
     shapes = {o.shape for o in scene.objects}
     colours = {o.colour for o in scene.objects}
-    hard, half = [], []                              # both are there but not together, or one of them
-    for colour, shape in product(COLOURS, SHAPES):
-        name = f'{colour} {shape}'
-        known = (colour in colours) + (shape in shapes)
-        if known == 2 and name not in there:
-            hard.append(name)
-        if known == 1:
-            half.append(name)
-    return [rng.choice(sorted(hard or half))], 'no'
+    both = all_names(colours, shapes)
+    half = all_names(colours, SHAPES) | all_names(COLOURS, shapes)     # one of both is there, or both
+    return [rng.choice(sorted(both - there or half - both))], 'no'
 
 
 def ask_relation(scene, rng):
     """'where is the red ring relative to the blue cross?', if that is clear-cut."""
     found = []
-    for a, b in pairs_of(scene):
+    for a, b in product(scene.objects, repeat=2):
         where = relation(a, b)
         if where:
             found.append(([a.name, b.name], where.replace(' of', '')))
@@ -772,7 +764,7 @@ def ask_relation(scene, rng):
 def ask_depth(scene, rng):
     """'which is closer, the red ring or the blue cross?', if it is by .3."""
     found = []
-    for a, b in pairs_of(scene):
+    for a, b in product(scene.objects, repeat=2):
         if a.z < b.z - .3:
             found.append(([a.name, b.name], a.name))
     return one_either_way(found, rng)
@@ -781,10 +773,9 @@ def ask_depth(scene, rng):
 def ask_distance(scene, rng):
     """'which is nearest to the red ring, the blue cross or the green circle?', if it is by .12."""
     found = []
-    for o in scene.objects:
-        for a, b in pairs_of(scene):
-            if 0 < gap(o, a) < gap(o, b) - .12:
-                found.append(([o.name, a.name, b.name], a.name))
+    for o, a, b in product(scene.objects, repeat=3):
+        if 0 < gap(o, a) < gap(o, b) - .12:
+            found.append(([o.name, a.name, b.name], a.name))
     return one_either_way(found, rng)
 
 
@@ -820,8 +811,7 @@ def ask_more(scene, rng):
     return [a, b], str(max(a, b))
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """All that the project knows of one type of question."""
     ask: Callable              # (Scene, rng) -> (words to fill in, answer) or None
     words: tuple               # ways to ask it

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from data import COLOURS, MAPS, SHAPES, DataSet, Object, UserError, classes_of
 from folder import open_world
-from model import draw, load
+from model import drawn, load
 
 Z = 1.96                       # half-width of a 95% interval in standard errors
 
@@ -47,7 +47,7 @@ def share(right: int, n: int) -> dict:
     centre = (p + z2 / 2) / whole
     variance = p * (1 - p) / n + z2 / (4 * n)
     half = Z * math.sqrt(variance) / whole
-    return figure(p, centre - half, centre + half, n)
+    return figure(p, max(0., centre - half), centre + half, n)
 
 
 def mean_of(figures: list[dict]) -> dict:
@@ -74,11 +74,8 @@ def bootstrap(score, tables) -> dict:
     value = score(tables.sum(0)).item()                        # of all pictures together
     if math.isnan(value):                                      # there was nothing to score
         return NOTHING
-    draws = []
-    for _ in range(400):
-        chosen = torch.randint(n, (n,), generator=g)           # with replacement
-        draws.append(score(tables[chosen].sum(0)))
-    draws = torch.stack(draws)                                                        # [400]
+    chosen = torch.randint(n, (400, n), generator=g)           # with replacement
+    draws = torch.stack([score(tables[one].sum(0)) for one in chosen])                # [400]
     ends = torch.tensor([.025, .975], dtype=draws.dtype)
     low, high = draws.nanquantile(ends).tolist()
     return figure(value, low, high, n)
@@ -118,7 +115,7 @@ def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> 
 def by_kind(world: DataSet, right: Counter, total: Counter) -> dict:
     """{type of question: share of right answers}, the mean of them first."""
     scores = {kind: share(right[kind], total[kind]) for kind in world.kinds}
-    mean = mean_of(list(scores.values()))
+    mean = mean_of(scores.values())
     return {'mean': mean, **scores}
 
 
@@ -231,13 +228,10 @@ def detect(images) -> list[list[Object]]:
     """Objects in pictures [B, 3, S, S]: connected saturated regions of one colour and 2% of the picture,
     the shape by the template that overlaps best."""
     S = images.shape[-1]
-    rgb = torch.tensor(list(COLOURS.values()), device=images.device)                  # [6,3]
+    rgb = torch.tensor(list(COLOURS.values()))                  # [6,3]
     saturation = images.amax(1) - images.amin(1)                                      # [B,S,S]
     solid = saturation > .35
-    pixels = images.permute(0, 2, 3, 1)                                               # [B,S,S,3]
-    off = pixels[..., None, :] - rgb                                                  # [B,S,S,6,3]
-    distance = off.square().sum(-1)                                                   # [B,S,S,6]
-    colour = distance.argmin(-1)                                                      # [B,S,S]
+    colour = classes_of(images, rgb * 255)                                            # [B,S,S]
     regions = components(solid, colour)                                               # [B,S,S]
     bank = templates(S, images.device)
     return [objects_in(*picture, bank) for picture in zip(regions, solid, colour)]
@@ -337,30 +331,27 @@ def prompts(world: DataSet, category: str, n: int, split='test'):
             if text:
                 found.append((text, objects, image))
     texts, wanted, images = zip(*found[:n])
-    return list(texts), list(wanted), torch.stack(images)
+    return texts, wanted, torch.stack(images)
 
 
-@torch.no_grad()
 def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
     """Share of n prompts per category whose picture passes; `verifier`: of true pictures; `ceiling`: of
     these after the tokenizer's round trip."""
-    drawn, verifier, ceiling = {}, [], []
+    right, verifier, ceiling = {}, [], []
 
     def passed(pictures):
         found = detect(pictures)
-        right = [satisfied(asked, category, seen) for asked, seen in zip(wanted, found)]
-        return share(sum(right), n)
+        good = [satisfied(asked, category, seen) for asked, seen in zip(wanted, found)]
+        return share(sum(good), n)
 
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
-        # its own generator: a category's drawings do not depend on the lengths of plans in the others
-        g = torch.Generator(world.device).manual_seed(0)
-        codes, _ = draw(umm, world.text, texts, g, cfg=cfg)                           # [n,N]
-        drawn[category] = passed(tok.decode(codes))
+        # its own seed: a category's drawings do not depend on the lengths of plans in the others
+        right[category] = passed(drawn(umm, tok, world.text, texts, 0, cfg))
         verifier.append(passed(images))
         codes = tok.encode(images)
         ceiling.append(passed(tok.decode(codes)))
-    scores = {'mean': mean_of(list(drawn.values())), **drawn}
+    scores = {'mean': mean_of(right.values()), **right}
     scores['verifier'] = mean_of(verifier)
     scores['ceiling'] = mean_of(ceiling)
     return scores
@@ -391,7 +382,7 @@ class Reader:
         if not self.words:
             return                                             # there is nothing to tell apart
         weight = torch.tensor(weight)                                                 # [words]
-        with torch.random.fork_rng(), torch.enable_grad():     # whoever calls it measures only
+        with torch.random.fork_rng():     # whoever calls it measures only
             torch.manual_seed(0)
             self.train(steps, B, nn.BCEWithLogitsLoss(pos_weight=weight))
 
@@ -451,7 +442,6 @@ def balanced_accuracy(counts):
     return ((hits / true + noes / false) / 2).nanmean()
 
 
-@torch.no_grad()
 def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
     """Generation on real pictures: how well `Reader` tells the words of n captions in pictures drawn
     from them, mean over words of balanced accuracy (chance 1/2). `verifier`: in true pictures, that is
@@ -463,14 +453,12 @@ def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
     batch = world.scenes(split, 'generation', 0, n)
     _, r, _ = batch
     texts = read.captions(batch)
-    g = torch.Generator(world.device).manual_seed(0)
-    codes, _ = draw(umm, world.text, texts, g, cfg=cfg)                               # [n,N]
-    drawn = tok.decode(codes)                                                         # [n,3,S,S]
+    drawings = drawn(umm, tok, world.text, texts, 0, cfg)                             # [n,3,S,S]
     pictures = {
-        'mean': drawn,
+        'mean': drawings,
         'verifier': r.image,
         'ceiling': tok.decode(tok.encode(r.image)),
-        'other': drawn.roll(1, 0),
+        'other': drawings.roll(1, 0),
     }
     scores = {}
     for name, x in pictures.items():
@@ -501,7 +489,6 @@ def miou(pred, true, k=len(data.CLASSES)) -> dict:
     return bootstrap(score, torch.stack(tables).cpu().double())
 
 
-@torch.no_grad()
 def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
     s, target, r = world.maps_to_draw(split, 0, n, 'seg', stream='segmentation')
@@ -515,7 +502,6 @@ def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     return scores
 
 
-@torch.no_grad()
 def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
     """PSNR in dB of pictures and of each kind of map, mIoU of masks, codes used, perplexity of all."""
     _, r, _ = world.scenes(split, 'tokenizer', 0, n)

@@ -85,7 +85,6 @@ class VectorQuantizer(nn.Module):
         e = z + (e - z).detach()                 # straight-through: the gradient passes by the codes
         return e, codes, commitment
 
-    @torch.no_grad()
     def update(self, z, codes):
         """Moving averages of a code's uses and of the vectors it stands for; z [n, dim], codes [n]."""
         K = len(self.count)
@@ -186,8 +185,7 @@ class VQTokenizer(nn.Module):
         found = []
         for module in self.modules():
             if isinstance(module, ResBlock):
-                found.append(module.conv1.weight)
-                found.append(module.conv2.weight)
+                found += [module.conv1.weight, module.conv2.weight]
         return found
 
     def quantize(self, x):
@@ -226,10 +224,10 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
-def rope_table(length: int, dim: int, base=10000.):
+def rope_table(length: int, dim: int):
     """e^(i angle), complex [length, dim/2], of rotary position embedding (Su et al. 2021, eq. 13). Half
     of the channels hardly turn at these lengths: they find things by what they are, not where."""
-    slowness = base ** (torch.arange(0, dim, 2) / dim)                                # [dim/2]
+    slowness = 10000. ** (torch.arange(0, dim, 2) / dim)                                # [dim/2]
     position = torch.arange(length)[:, None]                                          # [length,1]
     angle = position / slowness                                                       # [length,dim/2]
     return torch.polar(torch.ones_like(angle), angle)
@@ -258,8 +256,7 @@ def attention(q, k, v, mask):
 class KV:
     """Keys and values of one layer: those of the picture, then those of text and codes."""
 
-    def __init__(self):
-        self.k = self.v = None                                                        # [B,H,used,D]
+    k = v = None                                                                      # [B,H,used,D]
 
     def append(self, k, v):
         """k, v [B*R, H, T, D] -> all so far, [B*R, H, used, D]."""
@@ -453,11 +450,10 @@ class UMM(nn.Module):
         seen = see.sum(-1)                                                            # [B,new]
         at = self.c.grid - 1 + seen
         at = torch.stack([at, at], -1)                                                # [B,new,2]
-        start = max(0, done - T)                             # first new code
-        codes = total - T - start                            # how many are new
-        if codes > 0:
-            end = start + codes
-            at[:, -codes:] = self.rc[start:end]              # a code stands where its source stands
+        codes = total - T
+        if codes > 0:                                        # a code stands where its source stands
+            start = max(0, done - T)                         # first new code
+            at[:, start - codes:] = self.rc[start:codes]
         return see, at
 
     def forward(self, s: Sequence, hide=0.):
@@ -519,10 +515,7 @@ class UMM(nn.Module):
 # ---- writing and drawing, token by token ----
 def padded_in_front(s: Sequence) -> Sequence:
     """The same rows with their padding before the text, so that what is written follows the text."""
-    T = s.text.shape[1]
-    padding = (s.turn < 0).sum(1, keepdim=True)                                       # [B,1]
-    place = torch.arange(T, device=padding.device)                                    # [T]
-    order = (place - padding) % T                                                     # [B,T]
+    order = s.turn.argsort(stable=True)                      # -1, padding, first         [B,T]
     text = s.text.gather(1, order)
     turn = s.turn.gather(1, order)
     return replace(s, text=text, turn=turn)
@@ -532,11 +525,10 @@ def with_and_without_text(s: Sequence) -> Sequence:
     """Twice as many rows: in the second half nobody sees the text. For guidance."""
     unseen = torch.full_like(s.turn, -1)
     turn = torch.cat([s.turn, unseen])                                                # [2B,T]
-    text = torch.cat([s.text, s.text])                                                # [2B,T]
     image = s.image
     if image is not None:
-        image = torch.cat([image, image])
-    return replace(s, text=text, turn=turn, image=image)
+        image = image.repeat(2, 1, 1, 1)
+    return replace(s, text=s.text.repeat(2, 1), turn=turn, image=image)
 
 
 def continued(s: Sequence, token) -> Sequence:
@@ -577,14 +569,21 @@ def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, to
     plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=plan_temperature)
     rows = [[turn] for turn in zip(prompts, plans)]        # packed again: as training lays it out
     planned = pack(text, rows, device=device)
-    how = dict(how, generator=generator, temperature=temperature, top_k=top_k)
-    return umm.generate(planned, **how), plans
+    codes = umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how)
+    return codes, plans
+
+
+def drawn(umm, tok, text: Text, prompts, seed: int, cfg: float):
+    """Pictures [B, 3, S, S] of the prompts, the same ones for the same seed."""
+    g = torch.Generator(umm.row.device).manual_seed(seed)
+    codes, _ = draw(umm, text, prompts, g, cfg=cfg)
+    return tok.decode(codes)
 
 
 # ---- files: safetensors, config and vocabulary as JSON in the header; nothing is ever unpickled ----
 def save(path, tensors: dict, meta: dict):
     """Write tensors and meta to `path`, whole or not at all."""
-    tensors = {k: t.detach().contiguous() for k, t in tensors.items()}
+    tensors = {k: t.contiguous() for k, t in tensors.items()}
     try:
         with written_whole(path) as part:
             save_file(tensors, part, {'nanoumm': json.dumps(meta)})
@@ -647,15 +646,12 @@ def load(path, device='cpu'):
                         f'({e!r:.90}); copy it anew or train again')
     with torch.device('meta'):             # compare shapes before anything of that size is allocated
         networks = both(VQTokenizer(c), UMM(c, text.size))
-    wanted = networks.state_dict()
-    for name, want in wanted.items():
+    for name, want in networks.state_dict().items():
         found = tensors.get(name, torch.empty(0))
         alike = found.shape == want.shape and found.dtype == want.dtype
         if not alike or not found.isfinite().all():
             raise UserError(f'{path}: tensor {name} is missing, misshapen or not finite; train again')
-    tok = VQTokenizer(c)
-    umm = UMM(c, text.size)
-    networks = both(tok, umm)
+    networks = both(VQTokenizer(c), UMM(c, text.size))
     networks.load_state_dict(tensors, strict=False)          # an optimizer's tensors are not theirs
     networks.to(device).eval()
-    return tok, umm, text, tensors, meta
+    return *networks.values(), text, tensors, meta

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from data import MAPS, DataSet, UserError
 from folder import palette, shrunk, upright
-from model import draw, load, write
+from model import draw, drawn, load, write
 
 TASKS = {                      # name: (what it does, the map it generates or None)
     'draw': ('draw pictures of a text', None),
@@ -104,7 +104,6 @@ def answers_to(umm, world: DataSet, scenes, image, rng) -> list[str]:
     return notes
 
 
-@torch.no_grad()
 def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     """What the model can do, on validation scenes, row by row, as far as the data set knows it:
 
@@ -114,10 +113,8 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
     rows, notes = [], []                                       # what stands under each row
     if world.captions:
         texts = captions_of(world, scenes, rng)
-        # its own generator: the same drawings at every look, as far as the model is the same
-        g = torch.Generator(world.device).manual_seed(1)
-        codes, _ = draw(umm, world.text, texts, g, cfg=cfg)
-        rows.append(tok.decode(codes))
+        # its own seed: the same drawings at every look, as far as the model is the same
+        rows.append(drawn(umm, tok, world.text, texts, 1, cfg))
         notes.append(texts)
     rows.append(r.image)
     notes.append([])
@@ -209,15 +206,6 @@ def prompt_of(a, text: data.Text, known: list) -> str:
     return prompt
 
 
-def save_picture(canvas: Image.Image, path: str):
-    """Whole or not at all."""
-    try:
-        with data.written_whole(path) as part:
-            canvas.save(part, 'PNG')
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}): choose another --out')
-
-
 def in_a_square(pictures) -> Image.Image:
     """[n, 3, S, S] beside and below each other, each at least 256 pixels wide."""
     columns = math.ceil(len(pictures) ** .5)                   # as many rows, or one less
@@ -243,13 +231,14 @@ def map_of_classes(pictures, names: list, size: tuple) -> Image.Image:
     return canvas
 
 
-@torch.no_grad()
 def main(argv=None):
     """Do one task with one checkpoint: print texts, or write one picture."""
     a = parse(argv)                                            # nothing is loaded before it is right
     device = data.find_device(a.device)
     checkpoint = a.checkpoint or newest_checkpoint()
     tok, umm, text, _, meta = load(checkpoint, device)
+    if a.task == 'segment' and not meta['classes']:
+        raise UserError(f'{checkpoint} knows no classes: it was trained without masks')
     _, name = TASKS[a.task]                                    # the map it generates, or None
     if name and name != meta['settings'].get('proxy'):
         print(f'warning: {checkpoint} did not learn this map (train.py --proxy {name}): expect noise')
@@ -283,7 +272,8 @@ def main(argv=None):
         canvas = map_of_classes(pictures, meta['classes'], photo.size)
     else:
         canvas = in_a_square(pictures)
-    save_picture(canvas, a.out)
+    with data.written_whole(a.out) as part:
+        canvas.save(part, 'PNG')
     print(f'wrote {a.out}: {len(pictures)} of {checkpoint}')
 
 

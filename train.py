@@ -229,8 +229,8 @@ class Muon(torch.optim.Optimizer):
 def optimizers(model, lr: float, muon_lr: float) -> list:
     """Muon for the matrices that the model names, AdamW for all else."""
     hidden = model.hidden_matrices()
-    known = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in known]
+    known = set(hidden)
+    rest = [p for p in model.parameters() if p not in known]
     adamw = torch.optim.AdamW(rest, lr, (.9, .95), weight_decay=0., fused=True)
     return [Muon(hidden, muon_lr), adamw]
 
@@ -521,26 +521,9 @@ def settle(run: Run):
     print(f'device: {run.device}, {s.dtype}, CPU threads: {s.threads} ({why})')
 
 
-class Pace:
-    """Notices when something else has begun to use the machine. The later part of post-training asks
-    more and takes longer, but not twice as long."""
-
-    def __init__(self):
-        self.best = math.inf                                   # seconds of the fastest steps so far
-        self.warned = False
-
-    def warning(self, seconds: float) -> str:
-        """What to say, once, when steps take `seconds` on average, twice as long as before."""
-        times = seconds / self.best
-        self.best = min(self.best, seconds)
-        if self.warned or times < 2:
-            return ''
-        self.warned = True
-        return (f'steps take {times:.1f} times as long as before: is the machine busy? One thread '
-                'suffers least: stop and --resume --threads 1 (other last bits)')
-
-
 # ---- the loop ----
+BUSY = ('as long as before: is the machine busy? One thread suffers least: stop and --resume '
+        '--threads 1 (other last bits)')
 CLIP = 1.                      # largest norm of the gradient
 WARMUP = .02                   # share of a stage in which the learning rate rises
 COOLDOWN = {'tokenizer': .4, 'pretrain': .1, 'posttrain': .4}          # share in which it falls
@@ -550,9 +533,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     """The one training loop.
 
     loss_of(step) -> {name: loss}: 'loss' is minimised, the others are logged.
-    look() -> (figures, a picture) of the model so far, on validation scenes.
+    look(run) -> (figures, a picture) of the model so far, on validation scenes.
     lr: of AdamW; Muon's is --muon_lr in every stage. pictures: in a step, to log how many a second.
-
     Random draws depend on (seed, stage, step) only: no generator is saved."""
     s = run.s
     if run.stage != stage:
@@ -560,7 +542,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     opts = optimizers(model.train(), lr, s.muon_lr)
     if run.step > 0:                                           # resumed in the middle of this stage
         run.restore(opts)
-    pace, spent, begin = Pace(), [], time.time()
+    spent, usual, warned, begin = [], math.inf, False, time.time()         # seconds a step; busy?
     quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
     bar = tqdm(range(run.step, steps), stage, initial=run.step, total=steps, smoothing=.05,
                dynamic_ncols=True, disable=quiet)
@@ -569,7 +551,6 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
         start = time.perf_counter()
         # for what is drawn beside the data: which vectors replace dead codes
         torch.manual_seed(data.generator(s.seed, 'train', stage, step).initial_seed())
-        # forward and backward
         losses = loss_of(step)
         losses['loss'].backward()
         if SEVERAL:
@@ -578,7 +559,6 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
         if not norm.isfinite():                                # no step is taken with it
             raise UserError(f'{stage} step {done}: gradient is not finite: lower a learning rate. '
                             f'Last good state: {s.out}')
-        # the optimizers' step
         rate = schedule(stage, step, steps)
         for optimizer in opts:
             optimizer.param_groups[0]['lr'] = optimizer.defaults['lr'] * rate
@@ -593,9 +573,11 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
             spent.clear()
             run.log(stage=stage, step=done, **shown, norm=norm.item(), lr=lr * rate,
                     seconds=time.time() - begin, pictures_per_second=pictures / seconds)
-            busy = pace.warning(seconds)
-            if busy:
-                tqdm.write(f'warning: {stage} {done}: {busy}')
+            # something else uses the machine; late questions alone do not take twice as long
+            if seconds > 2 * usual and not warned:
+                tqdm.write(f'warning: {stage} {done}: steps take {seconds / usual:.1f} times {BUSY}')
+                warned = True
+            usual = min(usual, seconds)                        # the first steps warm up
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
             show(run, stage, done, model, look)
         if done < steps and (done % s.save_every == 0 or run.stop):
@@ -619,7 +601,7 @@ def schedule(stage: str, step: int, steps: int) -> float:
 def show(run: Run, stage: str, done: int, model, look):
     """Log validation figures and write a sample picture."""
     model.eval()
-    figures, picture = look()
+    figures, picture = look(run)
     values = {}
     for name, f in figures.items():
         value = f if isinstance(f, float) else f['value']
@@ -647,19 +629,17 @@ def train_tokenizer(run: Run):
     s, tok, world = run.s, run.tok, run.world
     B = my_share(s.tok_batch)
     kinds = [name for name in world.maps if name != 'recon']
-    masks = kinds[0]                                           # seg, where classes are annotated
 
     def loss_of(step):
         _, r, _ = world.scenes('train', 'tokenizer', my_index(step), B)
         half = B // 2
         most = B * 3 // 4
-        drawn = MAPS[masks].draw(r)                                                   # [B,3,S,S]
-        parts = [r.image[:half], drawn[half:most]]
+        drawn = [MAPS[name].draw(r) for name in kinds]         # each [B,3,S,S]; seg first, if known
+        parts = [r.image[:half], drawn[0][half:most]]
         before = my_index(step) * (B - most)                   # maps in all batches so far
-        for i, name in enumerate(kinds):                       # by turns, over the batches
-            drawn = MAPS[name].draw(r)
+        for i, maps in enumerate(drawn):                       # by turns, over the batches
             first = (i - before) % len(kinds)
-            parts.append(drawn[most + first::len(kinds)])
+            parts.append(maps[most + first::len(kinds)])
         x = torch.cat(parts)                                                          # [B,3,S,S]
         y, _, commitment = tok(x)
         mse = F.mse_loss(y, x)
@@ -667,7 +647,7 @@ def train_tokenizer(run: Run):
         loss = mse + .3 * l1 + .25 * commitment
         return {'loss': loss, 'mse': mse, 'commitment': commitment}
 
-    def look():
+    def look(run):
         _, r, _ = world.scenes('val', 'samples', 0, 8)
         rows = []                                              # each kind, and what it becomes
         for name in world.maps:
@@ -747,7 +727,7 @@ def pretrain(run: Run):
     def loss_of(step):
         return umm_losses(run, step, s.pre_ask, s.pre_draw, 0, w_text=.1)      # it slows drawing
 
-    loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, pictures, lambda: look_at_umm(run))
+    loop(run, 'pretrain', run.umm, loss_of, s.pre_steps, s.lr, pictures, look_at_umm)
 
 
 def maps_a_step(run: Run) -> int:
@@ -771,7 +751,7 @@ def posttrain(run: Run):
         return umm_losses(run, s.pre_steps + step, ask, s.post_draw, map_share * maps, s.w_text,
                           s.w_draw, late)
 
-    loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, pictures, lambda: look_at_umm(run))
+    loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, pictures, look_at_umm)
 
 
 # ---- command line ----

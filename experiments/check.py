@@ -39,7 +39,8 @@ def tell(folder: Path, out: str, also_learnable=False):
     tell_of_objects(world)
     tell_of_texts(world)
     canvas = look_at(world)
-    sample.save_picture(canvas, out)
+    with data.written_whole(out) as part:
+        canvas.save(part, 'PNG')
     print(f'wrote {out}: do its masks, captions, plans and answers fit the pictures?')
     if also_learnable:
         learnable.tell(world)

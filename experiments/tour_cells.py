@@ -546,7 +546,8 @@ show(tok.decode(guesses), titles, across=4, side=2.1)
 #         s = data.pack(text, [[(prompt, None)] for prompt in prompts])
 #         return umm.generate(s, generator=generator, temperature=.7, top_k=64, cfg=cfg), prompts
 #
-#     evaluation.draw = without_plan
+#     import model
+#     model.draw = without_plan
 #
 # **7.** Take out one layer, `del less.blocks[k]` of `less = copy.deepcopy(umm)`. *Understanding falls
 # from .80 to .03, .50, .45 and .31 without the first, second, third and fourth. Without the third,

@@ -7,10 +7,12 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import TEST, leave_out, weights
+from PIL import Image
 
 import data
 import eval as evaluation
 import model
+import sample
 import train
 from data import UserError
 
@@ -237,3 +239,10 @@ def test_hostile_meta_is_one_clear_line(run_dir, stranger, tmp_path):
     model.save(path, weights(run_dir / 'model.safetensors'), {'hello': 1})
     with pytest.raises(UserError, match='not a whole'):
         model.load(path)
+
+
+def test_a_model_that_knows_no_classes_cannot_segment(stranger, tmp_path):
+    Image.new('RGB', (9, 9)).save(tmp_path / 'x.png')
+    path = stranger({}, classes=[])
+    with pytest.raises(UserError, match='knows no classes'):
+        sample.main(['segment', str(tmp_path / 'x.png'), '--checkpoint', str(path)])
