@@ -28,9 +28,9 @@ STYLES = {
     'seg-blind': ('generated blind', '#009E73', 'D', '-.'),
     'seg': ('mixture (train.py)', '#CC79A7', 'P', '-.'),
 }
-LONG = {'sft-flops': 'sft-x3', 'readout-flops': 'readout-x3', 'seg-order': 'order-x3',
+LONG = {'sft-flops': 'sft-x3-flops', 'readout-flops': 'readout-x3', 'seg-order': 'order-x3',
         'seg-blind': 'blind-x3', 'seg-masked': 'masked-x3'}
-COST = {'sft-flops': GFLOPS['sft'], 'sft-x3': GFLOPS['sft'], 'told-flops': GFLOPS['seg-told'],
+COST = {'sft-flops': GFLOPS['sft'], 'sft-x3-flops': GFLOPS['sft'], 'told-flops': GFLOPS['seg-told'],
         'readout-flops': GFLOPS['seg-readout'], 'readout-x3': GFLOPS['seg-readout']}
 # Accuracy of one who knows all of a scene but its shapes; printed by --bound
 SHAPE_BLIND = {'count': .88, 'colour': .76, 'shape': .19, 'exist': .68, 'relation': .79, 'depth': .81,
@@ -98,7 +98,7 @@ def draw_costs(ax, found):
     ax.axhline(bound, color='black', lw=.8, ls=':')
     ax.text(ax.get_xlim()[1], bound, 'one who knows all but shapes', ha='right', va='bottom', fontsize=7)
     ax.set(xlabel='TFLOPs of post-training', ylabel='validation accuracy')
-    ax.legend(fontsize=7, loc='lower right')
+    ax.legend(fontsize=7, loc='upper left')
 
 
 def draw_gains(ax, found):
@@ -117,7 +117,7 @@ def draw_gains(ax, found):
     ax.set_xticks(range(len(groups)), names, fontsize=7)
     ax.axhline(0, color='black', lw=.7)
     ax.set_ylabel('points above questions alone')
-    ax.set_title(f'at equal FLOPs, test split, {report.seeds_of(found, arms)}', loc='left', fontsize=9)
+    ax.set_title(f'400 steps, equal FLOPs, test split, {report.seeds_of(found, arms)}', loc='left', fontsize=9)
 
 
 def figure(found, path: Path):

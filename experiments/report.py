@@ -102,6 +102,9 @@ CLAIMS = (
     Claim('masked beats in order', 'seg-masked', 'seg-order', UNDERSTANDING, '-'),
     Claim('order after three times the steps beats questions alone', 'order-x3', 'sft-x3',
           UNDERSTANDING, '-'),
+    Claim('and questions alone of as many FLOPs', 'order-x3', 'sft-x3-flops', UNDERSTANDING, '-'),
+    Claim('masked after three times the steps beats questions alone of as many FLOPs', 'masked-x3',
+          'sft-x3-flops', UNDERSTANDING, '-'),
     Claim('read out after three times the steps beats questions alone', 'readout-x3', 'sft-x3',
           UNDERSTANDING, '-'),
     Claim('order after three times the steps beats read out', 'order-x3', 'readout-x3', UNDERSTANDING,
@@ -164,7 +167,7 @@ BASELINES = {
     'seg-order': 'sft-flops', 'seg-masked': 'sft-flops', 'seg-blind': 'sft-flops',
     'readout-flops': 'sft-flops', 'told-flops': 'sft-flops',
 }
-ENDINGS = {'-x3': 'sft-x3', '-alone': 'none-alone', '-alone-slow': 'none-alone-slow',
+ENDINGS = {'-x3': 'sft-x3', '-x3-flops': 'sft-x3', '-alone': 'none-alone', '-alone-slow': 'none-alone-slow',
            '-alone-bare': 'none-alone-bare'}
 # Questions by what they need: names that the map's colours give, finding, two objects at once, neither
 GROUPS = {

@@ -108,6 +108,7 @@ KNOWN_ARMS = {
 # Three times the steps: does it end higher, or was it only sooner?
 LONG_ARMS = {
     'sft-x3': Arm('none', longer=3),
+    'sft-x3-flops': Arm('none', longer=3 * LONGER['sft']),     # as many FLOPs as order-x3
     'order-x3': replace(CHANNEL_ARMS['seg-order'], longer=3),
     'blind-x3': replace(CHANNEL_ARMS['seg-blind'], longer=3),
     'masked-x3': replace(CHANNEL_ARMS['seg-masked'], longer=3),
