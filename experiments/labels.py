@@ -117,7 +117,8 @@ def draw_gains(ax, found):
     ax.set_xticks(range(len(groups)), names, fontsize=7)
     ax.axhline(0, color='black', lw=.7)
     ax.set_ylabel('points above questions alone')
-    ax.set_title(f'400 steps, equal FLOPs, test split, {report.seeds_of(found, arms)}', loc='left', fontsize=9)
+    title = f'400 steps, equal FLOPs, test split, {report.seeds_of(found, arms)}'
+    ax.set_title(title, loc='left', fontsize=9)
 
 
 def figure(found, path: Path):

@@ -167,8 +167,10 @@ BASELINES = {
     'seg-order': 'sft-flops', 'seg-masked': 'sft-flops', 'seg-blind': 'sft-flops',
     'readout-flops': 'sft-flops', 'told-flops': 'sft-flops',
 }
-ENDINGS = {'-x3': 'sft-x3', '-x3-flops': 'sft-x3', '-alone': 'none-alone', '-alone-slow': 'none-alone-slow',
-           '-alone-bare': 'none-alone-bare'}
+ENDINGS = {
+    '-x3': 'sft-x3', '-x3-flops': 'sft-x3',
+    '-alone': 'none-alone', '-alone-slow': 'none-alone-slow', '-alone-bare': 'none-alone-bare',
+}
 # Questions by what they need: names that the map's colours give, finding, two objects at once, neither
 GROUPS = {
     'labelled': ('shape', 'what'),
