@@ -2,8 +2,9 @@
 
 A scene of the procedural world holds 1-4 objects (shape, colour, position, depth) on a textured grey
 background. Everything is exact and free: class, instance and depth of each pixel, answers to questions.
-A scene is a pure function of (seed, split, stream, index): nothing is stored; train, val and test never
-meet. Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the top left corner.
+A batch of B scenes is a pure function of (seed, split, stream, index, B): nothing is stored; train, val
+and test never meet. Coordinates are in units of the picture's side: x to the right, y down, (0, 0) the
+top left corner.
 """
 import contextlib
 import ctypes
@@ -337,8 +338,8 @@ PLACES = ('place', 'place', 'list')   # styles of the caption asked for beside q
 
 class DataSet:
     """Pictures with questions, captions and maps, as batches that are pure functions of (seed, split,
-    stream, index). The procedural world below and folder.py's are two; to bring your own, set what you
-    have and define scenes(), corpus(), and ask() or describe()."""
+    stream, index, B). The procedural world below and folder.py's are two; to bring your own, set what
+    you have and define scenes(), corpus(), and ask() or describe()."""
     kinds: tuple = ()                # types of question that are measured
     asked: tuple = ()                # what is asked, a type as often as it stands here; empty: kinds
     asked_late: tuple = ()           # the same in the later part of post-training; empty: asked
@@ -378,7 +379,8 @@ class DataSet:
         return []
 
     def describe(self, scene, style: str, rng) -> str | None:
-        """A caption: 'list' names what is there, 'place' (a plan to draw by) says what is where."""
+        """A caption: 'list' names what is there (never None where `captions` is True), 'place' (a plan to
+        draw by) says what is where."""
         return None
 
     def limit(self, split: str) -> float:
@@ -582,7 +584,8 @@ def distance_field(shape: int, x, y):
 
 
 def background(B: int, size: int, rand, device):
-    """Grey of random brightness and tint with stripes of random direction, width and contrast."""
+    """Grey of random brightness and tint with stripes of random direction, width and contrast,
+    [B,3,S,S], and where its pixels lie across and down, [1,S,S] each."""
     axis = (torch.arange(size, device=device) + .5) / size
     X = axis.expand(1, size, size)
     Y = axis[:, None].expand(1, size, size)

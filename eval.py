@@ -121,7 +121,7 @@ def by_kind(world: DataSet, right: Counter, total: Counter) -> dict:
 
 def asked_without_pictures(world: DataSet, split: str, stream: str, n: int):
     """(type, question, answer): one of each type about each of n scenes, or more to fill batches."""
-    B = 64
+    B = 64                                                     # as in understanding(): the same scenes
     for i in range(math.ceil(n / B)):
         scenes, _, rng = world.scenes(split, stream, i, B, pixels=False)
         for kind in world.kinds:
@@ -131,8 +131,9 @@ def asked_without_pictures(world: DataSet, split: str, stream: str, n: int):
 
 
 def blind(world: DataSet, n=512, split='test') -> dict:
-    """Such questions about these scenes and n more, from their words alone: the answer most frequent in
-    16 n training scenes after that question; after its type, if possible one it names, if never seen."""
+    """Questions about the scenes of understanding() and n more, from their words alone: the answer most
+    frequent in 16 n training scenes after that question; after its type, if possible one it names, where
+    it was never asked."""
     seen = defaultdict(Counter)                                # question or type: answers
     right = Counter()
     total = Counter()

@@ -191,8 +191,8 @@ def orthogonalize(G, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: all directions of a matrix move equally far (Jordan et al. 2024).
 
-    With the gradient G: m <- .95 m + .05 G; u = .05 G + .95 m; W <- (1 - lr * decay) W - lr * size * U,
-    U the nearest orthogonal matrix to u, size = sqrt(rows / columns) for tall matrices, else 1.
+    With the gradient G: m <- .95 m + .05 G; u = .05 G + .95 m; W <- (1 - lr * decay) W - length * U, U
+    the nearest orthogonal matrix to u, length = lr * sqrt(rows / columns) for tall matrices, else lr.
     torch.optim.Muon always computes in bfloat16, 100 times slower than float32 on a CPU without bfloat16
     units; this one keeps the type of the weights. Of a convolution all axes but the first are one."""
 
@@ -220,10 +220,10 @@ class Muon(torch.optim.Optimizer):
                 stack = torch.stack([update for _, update in same])                   # [n,a,b]
                 U = orthogonalize(stack)
                 a, b = U.shape[1:]
-                size = lr * max(1, a / b) ** .5                # an output moves as far at any shape
+                length = lr * max(1, a / b) ** .5              # an output moves as far at any shape
                 for (p, _), u in zip(same, U):
                     p.mul_(1 - lr * self.DECAY)
-                    p.add_(u.view_as(p), alpha=-size)
+                    p.add_(u.view_as(p), alpha=-length)
 
 
 def optimizers(model, lr: float, muon_lr: float) -> list:
@@ -632,10 +632,10 @@ def train_tokenizer(run: Run):
 
     def loss_of(step):
         _, r, _ = world.scenes('train', 'tokenizer', my_index(step), B)
-        half = B // 2
+        first_half = B // 2
         most = B * 3 // 4
         drawn = [MAPS[name].draw(r) for name in kinds]         # each [B,3,S,S]; seg first, if known
-        parts = [r.image[:half], drawn[0][half:most]]
+        parts = [r.image[:first_half], drawn[0][first_half:most]]
         before = my_index(step) * (B - most)                   # maps in all batches so far
         for i, maps in enumerate(drawn):                       # by turns, over the batches
             first = (i - before) % len(kinds)
