@@ -379,7 +379,7 @@ class DataSet:
         return []
 
     def describe(self, scene, style: str, rng) -> str | None:
-        """A caption: 'list' names what is there (never None where `captions` is True), 'place' (a plan to
+        """A caption: 'list' names what is there (never None if `captions` is True), 'place' (a plan to
         draw by) says what is where."""
         return None
 
