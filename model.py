@@ -227,7 +227,7 @@ def norm(x):
 def rope_table(length: int, dim: int):
     """e^(i angle), complex [length, dim/2], of rotary position embedding (Su et al. 2021, eq. 13). Half
     of the channels hardly turn at these lengths: they find things by what they are, not where."""
-    slowness = 10000. ** (torch.arange(0, dim, 2) / dim)                                # [dim/2]
+    slowness = 10000. ** (torch.arange(0, dim, 2) / dim)                              # [dim/2]
     position = torch.arange(length)[:, None]                                          # [length,1]
     angle = position / slowness                                                       # [length,dim/2]
     return torch.polar(torch.ones_like(angle), angle)

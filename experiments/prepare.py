@@ -369,7 +369,8 @@ def read_downloads(root: Path, bad: Bad) -> list[Notes]:
     used = set()                                               # files of captions
     for path, content in found['instances']:
         split = split_of(path.relative_to(root))
-        there = located(path, content['images'], root, pictures, bad)
+        images = by_id(path, content['images'], 'id', bad)
+        there = located(path, images, root, pictures, bad)
         for key, (_, picture) in list(there.items()):
             if owner.setdefault(picture, path) != path:
                 bad.note(f'{path}: {picture} is annotated in {owner[picture]} too')
@@ -379,7 +380,7 @@ def read_downloads(root: Path, bad: Bad) -> list[Notes]:
             for key, entries in by_id(path, content['categories'], 'id', bad).items():
                 names[key] = str(entries[0].get('name', key)).lower()
             objects = by_id(path, content['annotations'], 'image_id', bad)
-            check_objects(path, content['images'], objects, bad)
+            check_objects(path, images, objects, bad)
             captions = captions_of(there, split, found['captions'], root, bad, used)
             files.append(Notes(path, split, there, names, objects, captions))
     if not files:
@@ -391,12 +392,11 @@ def read_downloads(root: Path, bad: Bad) -> list[Notes]:
     return files
 
 
-def check_objects(path: Path, images: list, objects: dict, bad: Bad):
-    """Note objects of no picture, and boxes that are no pixels."""
-    known = by_id(path, images, 'id', Bad(True))
+def check_objects(path: Path, images: dict, objects: dict, bad: Bad):
+    """Note objects of no picture, and boxes that are no pixels; images, objects: as of by_id()."""
     boxes = []
     for key, annotations in objects.items():
-        if key not in known:
+        if key not in images:
             number = annotations[0].get('id')
             bad.note(f'{path}: annotation {number} has image_id {key!r}, which no picture has')
         boxes += [n['bbox'] for n in annotations if n.get('bbox')]
@@ -473,13 +473,13 @@ def pictures_under(root: Path) -> dict:
     return found
 
 
-def located(notes: Path, images: list, root: Path, pictures: dict, bad: Bad) -> dict:
+def located(notes: Path, images: dict, root: Path, pictures: dict, bad: Bad) -> dict:
     """{id: (entry, path)} of the pictures of a file of annotations that are there: by their path from
     the file's folder, else by the only picture under root whose path ends so (or, of several, in a
-    folder of that split). pictures: {name: paths under root}."""
+    folder of that split). images: as of by_id(); pictures: {name: paths under root}."""
     found, lacking = {}, 0
     split = split_of(notes.relative_to(root))
-    for key, entries in by_id(notes, images, 'id', bad).items():
+    for key, entries in images.items():
         im = entries[0]
         if type(im.get('file_name')) is not str or len(entries) > 1:
             bad.note(f'{notes}: picture {key} has no file_name, or the id is there twice')
