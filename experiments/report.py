@@ -169,7 +169,7 @@ BASELINES = {
 }
 ENDINGS = {
     '-x3': 'sft-x3', '-x3-flops': 'sft-x3',
-    '-alone': 'none-alone', '-alone-slow': 'none-alone-slow', '-alone-bare': 'none-alone-bare',
+    '-alone': 'none-alone', '-alone-slow': 'none-alone-slow', '-bare-slow': 'none-bare-slow',
 }
 # Questions by what they need: names that the map's colours give, finding, two objects at once, neither
 GROUPS = {

@@ -114,8 +114,9 @@ LONG_ARMS = {
     'masked-x3': replace(CHANNEL_ARMS['seg-masked'], longer=3),
     'readout-x3': replace(CHANNEL_ARMS['seg-readout'], longer=3),
 }
-# Drawing when nothing else keeps it alive: no drawing is replayed. `slow`: a tenth of the learning rate;
-# `bare`: no plan is written before a drawing, the caption alone says what is where.
+# Drawing when nothing else keeps it alive: no drawing is replayed. `slow`: a tenth of the learning rate,
+# at the full one all is forgotten; `bare`: no plan is written before a drawing, the caption alone says
+# what is where.
 DRAW_MAPS = ('none', 'recon', 'edge', 'depth', 'instance', 'seg')
 SLOW = {'lr': 2e-4, 'muon_lr': .002}
 DRAW_ARMS = {}
@@ -124,7 +125,7 @@ for _name in DRAW_MAPS:
     DRAW_ARMS[f'{_name}-alone-slow'] = Arm(_name, flags={'post_draw': 0, **SLOW})
 BARE_ARMS = {'bare-none': Arm('none', trained=False, base='bare')}
 for _name in DRAW_MAPS:
-    BARE_ARMS[f'{_name}-alone-bare'] = Arm(_name, flags={'post_draw': 0}, base='bare')
+    BARE_ARMS[f'{_name}-bare-slow'] = Arm(_name, flags={'post_draw': 0, **SLOW}, base='bare')
 ARMS = {
     'none': Arm('none', trained=False),
     'sft': Arm('none'),                # questions alone
@@ -149,7 +150,7 @@ ARMS = {
 BASES = {                          # and their flags of train.py
     'base': {},
     'known': {},
-    'bare': {'pre_steps': 1000},   # without plans drawing is learned later
+    'bare': {'pre_steps': 2000},   # without plans drawing is learned later
 }
 PLANS = {
     'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',

@@ -284,7 +284,7 @@ def test_arms_differ_in_nothing_but_the_target(arms):
 
 
 NEW_ARMS = ('seg-masked', 'told-flops', 'all-three', 'blank-order', 'order-x3', 'known-order',
-            'seg-alone-bare')
+            'seg-bare-slow')
 
 
 def test_every_kind_of_arm_runs(arms, tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_every_kind_of_arm_runs(arms, tmp_path, monkeypatch):
         assert values and np.isfinite(values).all(), name
     log = (tmp_path / 'seed0' / 'known' / 'log.jsonl').read_text()
     assert '"stage": "posttrain", "step": 30' in log           # five times an arm's steps
-    assert '"plan"' not in (tmp_path / 'seed0' / 'seg-alone-bare' / 'log.jsonl').read_text()
+    assert '"plan"' not in (tmp_path / 'seed0' / 'seg-bare-slow' / 'log.jsonl').read_text()
 
 
 def test_a_result_says_what_it_was_made_with(arms):
