@@ -136,22 +136,22 @@ class Rendering(NamedTuple):
 
 
 # ---- maps, which the model may be taught to generate: Rendering -> [B,3,S,S] in [0, 1] ----
-def seg(r: Rendering):
+def seg_map(r: Rendering):
     """Semantic segmentation: the palette colour of each pixel's class, never blended."""
     palette = r.palette.to(r.image.device)
     rgb = palette[r.classes % 255] / 255                   # ignored pixels as background
     return rgb.permute(0, 3, 1, 2)                                                    # [B,3,S,S]
 
 
-def instance(r: Rendering):
+def instance_map(r: Rendering):
     """Class-agnostic instances, as SAM's: colours differ within a picture and mean nothing beyond it."""
     turn = (r.image.mean((1, 2, 3)) * 1e6).long()                                     # [B]
     colour = (r.instance + turn[:, None, None]) % 5 + 1                               # [B,S,S]
     colour = colour * (r.instance > 0)
-    return seg(r._replace(classes=colour))
+    return seg_map(r._replace(classes=colour))
 
 
-def edge(r: Rendering):
+def edge_map(r: Rendering):
     """Edge map: Sobel gradient magnitude of the luminance, the texture's own edges included."""
     grey = r.image.mean(1, keepdim=True)                                              # [B,1,S,S]
     grey = F.pad(grey, (1, 1, 1, 1), mode='replicate')                                # [B,1,S+2,S+2]
@@ -166,12 +166,12 @@ def edge(r: Rendering):
     return strength.expand_as(r.image)                                                # [B,3,S,S]
 
 
-def depth(r: Rendering):
+def depth_map(r: Rendering):
     """Nearness as grey: near = bright."""
     return r.depth[:, None].expand_as(r.image)                                        # [B,3,S,S]
 
 
-def picture(r: Rendering):
+def picture_map(r: Rendering):
     """The picture itself."""
     return r.image
 
@@ -192,16 +192,26 @@ class Map(NamedTuple):
 
 
 MAPS = {
-    'seg': Map(seg, ('segment the picture.', 'color every object by its class.',
-                     'show the segmentation map.'), 'classes', '#d62728'),
-    'instance': Map(instance, ('segment every object.', 'color every object.', 'show every object.'),
-                    'instance', '#ff7f0e'),
-    'edge': Map(edge, ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
-                'image', '#1f77b4'),
-    'depth': Map(depth, ('estimate the depth.', 'color every object by its distance.',
-                         'show the depth map.'), 'depth', '#9467bd'),
-    'recon': Map(picture, ('copy the picture.', 'draw every object again.', 'show the same picture.'),
-                 'image', '#2ca02c'),
+    'seg': Map(
+        seg_map,
+        ('segment the picture.', 'color every object by its class.', 'show the segmentation map.'),
+        'classes', '#d62728'),
+    'instance': Map(
+        instance_map,
+        ('segment every object.', 'color every object.', 'show every object.'),
+        'instance', '#ff7f0e'),
+    'edge': Map(
+        edge_map,
+        ('find the edges.', 'draw the outline of every object.', 'show the edge map.'),
+        'image', '#1f77b4'),
+    'depth': Map(
+        depth_map,
+        ('estimate the depth.', 'color every object by its distance.', 'show the depth map.'),
+        'depth', '#9467bd'),
+    'recon': Map(
+        picture_map,
+        ('copy the picture.', 'draw every object again.', 'show the same picture.'),
+        'image', '#2ca02c'),
 }
 
 # ---- text tokens ----

@@ -494,10 +494,10 @@ def segmentation(umm, tok, world: DataSet, n=192, split='test') -> dict:
     """mIoU of generated maps in pixel space, and the tokenizer's ceiling decode(encode(true map))."""
     s, target, r = world.maps_to_draw(split, 0, n, 'seg', stream='segmentation')
     codes = umm.generate(s, temperature=0)                     # the likeliest code at each place
-    drawn = tok.decode(codes)                                                         # [n,3,S,S]
+    generated = tok.decode(codes)                                                     # [n,3,S,S]
     best = tok.decode(tok.encode(target))                                             # [n,3,S,S]
     scores = {}
-    for name, maps in (('miou', drawn), ('ceiling', best)):
+    for name, maps in (('miou', generated), ('ceiling', best)):
         read = classes_of(maps, r.palette)                                            # [n,S,S]
         scores[name] = miou(read, r.classes, len(r.palette))
     return scores
@@ -532,9 +532,8 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
 
 # ---- everything at once ----
 def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
-    """All measurements, nested; n pictures for understanding, in proportion for the others. umm None:
+    """All measurements, nested; n pictures for understanding, fewer for what takes longer. umm None:
     only the tokenizer is trained yet."""
-    tok.eval()
     world = copy.copy(world)
     world.seed = 0                                             # the same scenes for every run
     n = min(n, world.limit(split))
@@ -542,7 +541,7 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
               'tokenizer': tokenizer(tok, world, n, split)}
     if umm is None:
         return scores
-    umm.eval()
+    pictures = min(n, 192)                                     # drawing and maps take longer
     if world.kinds:
         scores['understanding'] = understanding(umm, tok, world, n, split)
         scores['blind'] = blind(world, n, split)
@@ -551,11 +550,8 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
         each = max(2, n // 8)                                  # prompts a category
         scores['generation'] = generation(umm, tok, world, each, cfg, split)
     elif world.captions:
-        pictures = min(n, 192)
         scores['generation'] = recognition(umm, tok, world, pictures, cfg, split)
     if 'seg' in world.maps:
-        pictures = n if n == world.limit(split) else n * 3 // 8                # of few all
-        pictures = min(256, pictures)
         scores['segmentation'] = segmentation(umm, tok, world, pictures, split)
     return scores
 

@@ -35,12 +35,12 @@ LONGER = {name: GFLOPS['seg-order'] / count for name, count in GFLOPS.items()}
 # ---- contents: Rendering -> the map that is taught, [B, 3, S, S] ----
 def regions(r: Rendering):
     """Each object in a colour of its own, in reading order: no names, but one right answer."""
-    return data.seg(r._replace(classes=r.instance))
+    return data.seg_map(r._replace(classes=r.instance))
 
 
 def silhouette(r: Rendering):
     """Object or not, in one colour."""
-    return data.seg(r._replace(classes=(r.instance > 0).long()))
+    return data.seg_map(r._replace(classes=(r.instance > 0).long()))
 
 
 def cutout(r: Rendering):

@@ -406,7 +406,7 @@ pictures = [picture]
 for network in BOTH.values():
     written = network.generate(s, temperature=0)                                      # [1,N]
     pictures += tok.decode(written)
-true = data.seg(r)[busy]                                                              # [3,S,S]
+true = data.seg_map(r)[busy]                                                          # [3,S,S]
 pictures.append(true)
 titles = ['picture', 'map before', 'map after', 'true map']
 show(pictures, titles, side=1.8)

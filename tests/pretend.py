@@ -184,13 +184,25 @@ class Generator(torch.Generator):
         return made
 
 
+def enter(self):
+    """In place of inference mode, in which no wrapper can be made."""
+    self.instead = torch.no_grad()
+    self.instead.__enter__()
+
+
+def leave(self, *error):
+    self.instead.__exit__(*error)
+
+
 @contextlib.contextmanager
 def device():
+    without_gradients = mock.patch.multiple(torch.inference_mode, __enter__=enter, __exit__=leave)
     future = torch.__future__
     before = future.get_overwrite_module_params_on_conversion()
     future.set_overwrite_module_params_on_conversion(True)  # p.data = x would leave p.inside alone
     try:
-        with mock.patch.object(torch, 'Generator', Generator), Functions(), Operations():
+        generators = mock.patch.object(torch, 'Generator', Generator)
+        with generators, without_gradients, Functions(), Operations():
             yield
     finally:
         future.set_overwrite_module_params_on_conversion(before)

@@ -639,8 +639,8 @@ def test_all_pictures_count_where_there_are_few(root, monkeypatch):
         monkeypatch.setattr(evaluation, name, lambda *how: {})
     networks = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     evaluation.evaluate(*networks, Folder(root, 16))
-    evaluation.evaluate(*networks, data.World(16), 64)
-    assert asked == [8, 24]
+    evaluation.evaluate(*networks, data.World(16), 512)
+    assert asked == [8, 192]
 
 
 def test_ignored_pixels_do_not_count():

@@ -47,7 +47,7 @@ def test_every_setting_is_a_flag_with_its_default(capsys):
     (['--lr', 'nan'], '--lr is nan: it must be from'),
     (['--lr', '-1'], '--lr is -1.0: it must be from'),
     (['--size', '30'], '--size is 30: it must be a multiple of 4'),
-    (['--n_embd', '50'], '--n_embd is 50: it must be a multiple of 12'),
+    (['--n_embd', '50'], '--n_embd is 50: it must be a multiple of 24'),
     (['--hide', '2'], '--hide is 2.0: it must be from 0 to 1'),
     (['--seed', '-1'], '--seed is -1: it must be from 0 to'),
     (['--seed', str(2**64)], '--seed is 18446744073709551616: it must be from 0 to'),
