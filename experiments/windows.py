@@ -51,10 +51,13 @@ def rows_in(folder: Path):
             raise UserError(f'{folder} has no metadata.jsonl for {split}: FOLDER is one that train.py '
                             '--data reads, with all three splits')
         path = paths[0]
-        for n, line in enumerate(path.read_text('utf-8').splitlines(), 1):
+        for n, line in enumerate(path.read_text('utf-8-sig').split('\n'), 1):
+            if not line.strip():                               # an empty line is no row
+                continue
             try:
                 row = json.loads(line)
-                with Image.open(path.parent / row['mask']) as mask:
+                drawn = row.get('mask') or row['mask_file_name']         # as folder.py reads it
+                with Image.open(path.parent / drawn) as mask:
                     yield split, row, path.parent / row['file_name'], np.array(mask)
             except (LookupError, TypeError, ValueError, OSError) as e:
                 raise UserError(f'{path}:{n} has no mask, by which windows are cut: {e!r:.100}')

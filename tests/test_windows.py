@@ -52,6 +52,16 @@ def prepared(tmp_path, *flags):
     return out, [json.loads(line) for line in text.splitlines()]
 
 
+def test_rows_are_read_as_training_reads_them(tmp_path):
+    """A byte order mark, an empty line, Hugging Face's name for the mask."""
+    root = folder_of(tmp_path / 'in')
+    path = root / 'train' / 'metadata.jsonl'
+    lines = path.read_text().replace('"mask"', '"mask_file_name"')
+    path.write_text(lines + '\n\n', 'utf-8-sig')
+    found = [split for split, *_ in windows.rows_in(root)]
+    assert found == ['train'] * 24 + ['validation'] * 24 + ['test'] * 24
+
+
 def test_windows_are_cut_at_the_pictures_own_resolution(tmp_path):
     out, rows = prepared(tmp_path, '--side', '24', '--classes', '2')
     assert len(rows) > 24                                  # around the cat and around the dog
