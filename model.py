@@ -484,7 +484,6 @@ class UMM(nn.Module):
             pixel = F.cross_entropy(logits.float(), s.codes.flatten())
         return text, pixel
 
-    @torch.inference_mode()            # as no_grad, and a quarter faster
     def generate(self, s: Sequence, first=None, stop=-1, length=32, cfg=1., temperature=1., top_k=0,
                  generator=None):
         """Continue [picture][text], one turn per row, token by token with a KV cache.
@@ -508,19 +507,21 @@ class UMM(nn.Module):
         kvs = [Cache(room) for _ in self.blocks]
         tokens, done = [], 0
         ended = s.text.new_zeros(B, dtype=torch.bool)
-        for _ in range(length):
-            x = self.hidden(s, kvs, done)                                             # [rows,new,C]
-            done += x.shape[1]
-            logits = head(x[:, -1]).float()                                           # [rows,K or V]
-            if cfg != 1:
-                c, u = logits.chunk(2)
-                logits = u + cfg * (c - u)                                            # [B,K or V]
-            token = pick(logits, temperature, top_k, generator)                       # [B]
-            tokens.append(token)
-            ended = ended | (token == stop)
-            if ended.all():
-                break
-            s = continued(s, token.repeat(len(s.text) // B))
+        with torch.inference_mode():                         # as no_grad, and a quarter faster
+            for _ in range(length):
+                x = self.hidden(s, kvs, done)                                         # [rows,new,C]
+                done += x.shape[1]
+                logits = head(x[:, -1]).float()                                       # [rows,K or V]
+                if cfg != 1:
+                    c, u = logits.chunk(2)
+                    logits = u + cfg * (c - u)                                        # [B,K or V]
+                token = pick(logits, temperature, top_k, generator)                   # [B]
+                tokens.append(token)
+                ended = ended | (token == stop)
+                if ended.all():
+                    break
+                s = continued(s, token.repeat(len(s.text) // B))
+        # outside of that mode: what was written can be trained on
         return torch.stack(tokens, 1)                                                 # [B,n]
 
 

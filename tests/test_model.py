@@ -376,6 +376,14 @@ def test_sampling_is_seeded_and_top_k_limits(umm):
     assert torch.equal(drawn(0, top_k=1), likeliest)
 
 
+def test_what_was_generated_can_be_trained_on(umm):
+    s = sequence(umm, codes=False)
+    s.codes = umm.generate(s, generator=seeded(0))
+    _, loss = umm(s)
+    loss.backward()
+    assert umm.code_embed.weight.grad.abs().sum() > 0
+
+
 def test_draw_continues_the_prompt_and_its_plan(umm, monkeypatch):
     """The codes are those of [prompt][plan][codes], laid out as in training."""
     text = data.Text(data.BYTES)
