@@ -95,6 +95,7 @@ class Settings(Config):
     questions: int = setting(12, 'questions asked about each picture', least=1)
     late_questions: int = setting(36, 'the same in the later part of post-training', least=1)
     late_from: float = setting(.1, 'share of post-training after which this part begins', most=1)
+    relate_from: int = setting(2000, 'step of post-training after which questions relate objects')
     # -- optimizers
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
@@ -307,8 +308,13 @@ def generated(run, index: int, seq, target, r):
 
 
 def mixed(s: Settings, step: int):
-    """-> (share of the questions' pictures, share of the maps, are the late questions asked?)"""
-    return 1, 1, step >= s.late_from * s.post_steps
+    """-> (share of the questions' pictures, share of the maps, part of training, see DataSet.asked)"""
+    part = 0
+    if step >= s.late_from * s.post_steps:
+        part = 1
+    if step >= s.relate_from:
+        part = 2
+    return 1, 1, part
 
 
 @dataclass
@@ -480,7 +486,7 @@ def seconds_a_step(run: Run, dtype: str, threads: int) -> float:
     torch.set_num_threads(threads)
     run.tok.eval()                                             # its codebook must not move
     begin = time.perf_counter()
-    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), late=True)
+    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), part=1)
     losses['loss'].backward()
     run.umm.source.grad.sum().item()                           # a GPU is waited for
     run.umm.zero_grad()
@@ -674,9 +680,9 @@ def losses_of(run: Run, seq, target=None, hide=0.):
         return run.umm(seq, hide)
 
 
-def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., late=False):
+def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part=0):
     """Mean losses of a step: `n_ask` pictures with questions, `n_draw` texts to draw, `n_maps` pictures
-    with maps. What nothing is known of is left out; late: ask more, mostly to find things.
+    with maps. What nothing is known of is left out; part: of training, in which other things are asked.
 
     Each loss is a mean over its own tokens, in nats, and has its own weight: 64 codes of a picture do
     not drown three words of an answer. All of them go through one pass of the optimizer."""
@@ -686,10 +692,8 @@ def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., late
 
     if n_ask:
         # questions and captions about pictures
-        Q, kinds = s.questions, world.asked
-        if late:
-            Q, kinds = s.late_questions, world.asked_late
-        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=kinds)
+        Q = s.late_questions if part else s.questions
+        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=world.asked[part])
         out['text'], _ = losses_of(run, seq)
     if n_draw and world.captions:
         # pictures from captions
@@ -746,10 +750,10 @@ def posttrain(run: Run):
 
     def loss_of(step):
         # steps are counted on from pretraining: no picture of it comes again
-        ask_share, map_share, late = run.control.shares(s, step)
+        ask_share, map_share, part = run.control.shares(s, step)
         ask = ask_share * s.post_ask
         return umm_losses(run, s.pre_steps + step, ask, s.post_draw, map_share * maps, s.w_text,
-                          s.w_draw, late)
+                          s.w_draw, part)
 
     loop(run, 'posttrain', run.umm, loss_of, s.post_steps, s.lr, pictures, look_at_umm)
 

@@ -233,19 +233,19 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
     def draw_data():
         nonlocal index
         index += 1
-        world.questions('train', index, s.post_ask, s.questions, kinds=world.asked)
+        world.questions('train', index, s.post_ask, s.questions)
         world.drawings('train', index, s.post_draw)
         world.maps_to_draw('train', index, maps, s.proxy)
 
-    def loss(late):
+    def loss(part):
         nonlocal index
         index += 1
-        losses = train.umm_losses(run, index, s.post_ask, s.post_draw, maps, s.w_text, s.w_draw, late)
+        losses = train.umm_losses(run, index, s.post_ask, s.post_draw, maps, s.w_text, s.w_draw, part)
         return losses['loss']
 
     runs = {
-        'step': stepper(lambda: loss(False), opts),
-        'late': stepper(lambda: loss(True), opts),
+        'step': stepper(lambda: loss(0), opts),
+        'late': stepper(lambda: loss(1), opts),
         'data': draw_data,
     }
     spent = {name: median_wall(times) for name, times in alternate(runs, rounds).items()}

@@ -168,11 +168,11 @@ def flops_a_step(run: train.Run, steps: int) -> float:
     counted = 0
     for i in range(steps):
         step = s.post_steps * i // steps
-        _, _, late = run.control.shares(s, step)
+        _, _, part = run.control.shares(s, step)
         with FlopCounterMode(display=False) as counter:
             maps = train.maps_a_step(run)
             losses = train.umm_losses(run, s.pre_steps + step, s.post_ask, s.post_draw, maps, s.w_text,
-                                      s.w_draw, late)
+                                      s.w_draw, part)
             losses['loss'].backward()
         counted += counter.get_total_flops()
         run.umm.zero_grad()

@@ -62,8 +62,8 @@ def maps_first(s: train.Settings, step: int):
     """As train.mixed: all maps in the first half of the stage, then all questions, late ones last."""
     share = step / s.post_steps
     if share < .5:
-        return 0, 2, False
-    return 2, 0, share >= (1 + s.late_from) / 2
+        return 0, 2, 0
+    return 2, 0, int(share >= (1 + s.late_from) / 2)
 
 
 MAP_ARMS = ('edge', 'recon', 'depth', 'instance', 'seg')

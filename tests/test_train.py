@@ -412,8 +412,8 @@ def amounts_of(world, control, monkeypatch) -> list:
         for step in range(steps):
             loss_of(step)
 
-    def note(run, step, ask, draw, maps, w_text, w_draw, late):
-        steps.append((ask, draw, maps, ask if late else 0))
+    def note(run, step, ask, draw, maps, w_text, w_draw, part):
+        steps.append((ask, draw, maps, ask if part else 0))
 
     monkeypatch.setattr(train, 'loop', all_steps)
     monkeypatch.setattr(train, 'umm_losses', note)
