@@ -163,8 +163,6 @@ def check(s: Settings):
         raise UserError(f'--{e}')
     if s.init and s.until != 'posttrain':
         raise UserError(f'--until is {s.until!r}: with --init the stages up to it are done already')
-    if s.proxy != 'none' and s.ratio * s.post_ask < 1.5:
-        raise UserError(f'--ratio is {s.ratio}: it must be such that a step has 2 maps')
 
 
 # ---- optimizers: Muon for hidden matrices, AdamW for all else ----

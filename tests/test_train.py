@@ -438,6 +438,21 @@ def test_maps_first_are_the_same_amounts_in_another_order(world, monkeypatch):
     assert len({step[:3] for step in mixed}) == 1
 
 
+@pytest.mark.parametrize('ratio, maps', [('0', 0), ('.1', 1)])
+def test_one_map_a_step_or_none(world, ratio, maps):
+    run = tiny_run(world, '--post_ask', '8', '--ratio', ratio)
+    assert train.maps_a_step(run) == maps
+    losses = train.umm_losses(run, 0, 2, 2, maps)
+    assert ('seg' in losses) is (maps > 0)
+    losses['loss'].backward()
+
+
+def test_what_is_asked_changes_twice():
+    s = train.Settings(post_steps=10, late_from=.3, relate_from=8)
+    parts = [train.mixed(s, step) for step in range(10)]
+    assert parts == [(1, 1, 0)] * 3 + [(1, 1, 1)] * 5 + [(1, 1, 2)] * 2
+
+
 @pytest.mark.parametrize('B', [8, 12, 32])
 def test_the_tokenizer_sees_every_kind_of_map(world, monkeypatch, B):
     """However few maps there are in a batch: the kinds take turns over the batches."""
