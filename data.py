@@ -351,8 +351,8 @@ class DataSet:
     stream, index, B). The procedural world below and folder.py's are two; to bring your own, set what
     you have and define scenes(), corpus(), and ask() or describe()."""
     kinds: tuple = ()                # types of question that are measured
-    asked: tuple = ((), (), ())      # in the three parts of training: a type as often as it stands there;
-                                     # empty: kinds
+    mixes: tuple = ((), (), ())      # what parts 0, 1, 2 of training ask, a type as often as it stands
+                                     # there; empty: as part 0, and there: kinds
     annotated: tuple = ()            # those of 'classes', 'instance', 'depth' that its Rendering holds
     captions = False                 # does describe() know the style 'list'?
     palette = PALETTE                # colours of the classes
@@ -420,7 +420,7 @@ class DataSet:
         scenes, r, rng = self.scenes(split, stream, index, B)
         rows, asked = [], []
         for scene in scenes:
-            turns = self.turns(scene, Q, rng, kinds or self.asked[0] or self.kinds)
+            turns = self.turns(scene, Q, rng, kinds or self.mixes[0] or self.kinds)
             if captions:
                 style = rng.choice(captions)
                 ask = rng.choice(ASK_FOR_CAPTION[style])
@@ -851,16 +851,15 @@ QUESTIONS = {
 CHANCE = {kind: q.chance for kind, q in QUESTIONS.items() if q.chance}
 VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
-# What training asks, and how often: at first; once shapes are known; once things are found by name.
-KINDS = VISUAL * 2 + REASON
+KINDS = VISUAL * 2 + REASON    # what training asks, and how often; then, once shapes are known:
 FINDING = VISUAL + REASON + ('where', 'exist') * 7 + ('relation',) * 2 + ('distance',)
-RELATING = KINDS + ('relation', 'distance', 'depth') * 5
+RELATING = KINDS + ('relation', 'distance', 'depth') * 5       # and once things are found by name
 
 
 class World(DataSet):
     """Endless batches from the procedural world."""
     kinds = VISUAL
-    asked = (KINDS, FINDING, RELATING)
+    mixes = (KINDS, FINDING, RELATING)
     annotated = ('classes', 'instance', 'depth')
     names = list(CLASSES)
     captions = True

@@ -534,6 +534,7 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
 def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
     """All measurements, nested; n pictures for understanding, fewer for what takes longer. umm None:
     only the tokenizer is trained yet."""
+    tok.eval()                                                 # its codebook must not move
     world = copy.copy(world)
     world.seed = 0                                             # the same scenes for every run
     n = min(n, world.limit(split))
@@ -541,7 +542,7 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
               'tokenizer': tokenizer(tok, world, n, split)}
     if umm is None:
         return scores
-    pictures = min(n, 192)                                     # drawing and maps take longer
+    pictures = min(n, 192)                                     # of what takes longer
     if world.kinds:
         scores['understanding'] = understanding(umm, tok, world, n, split)
         scores['blind'] = blind(world, n, split)

@@ -276,8 +276,8 @@ def joined(before, new):
 
 
 class Cache:
-    """As KV, for generation: with memory for `room` positions after the first ones, taken once, so that
-    a new token copies nothing of those before it. Not for training: autograd may not find it changed."""
+    """As KV, for generation: with memory for `room` positions after those of the first append, taken
+    once, so that a new token copies nothing of those before it. Written in place: not for training."""
 
     def __init__(self, room: int):
         self.room = room
@@ -392,12 +392,12 @@ class UMM(nn.Module):
         return out
 
     def embed_codes(self, codes, hide: float):
-        """Known codes [B, n] -> inputs [B, n + 1, C], N at most: at place i code i - 1, which is known
-        when code i is to be predicted: a, b, c -> start, a, b. The first round(hide * B) rows read the
-        start symbol everywhere; rows are in random order anyway."""
+        """Known codes [B, n] -> inputs [B, min(n + 1, N), C]: at place i code i - 1, which is known when
+        code i is to be predicted: a, b, c -> start, a, b. The first int(hide * B) rows read the start
+        symbol everywhere; rows are in random order anyway."""
         shifted = F.pad(codes, (1, 0), value=self.c.codebook)                         # [B,n+1]
         shifted = shifted[:, :len(self.rc)]                  # the last code of a picture is no input
-        hidden_rows = round(hide * len(shifted))
+        hidden_rows = int(hide * len(shifted))
         shifted[:hidden_rows] = self.c.codebook
         places = self.position()[:shifted.shape[1]]                                   # [n+1,C]
         return self.code_embed(shifted) + places
@@ -406,8 +406,8 @@ class UMM(nn.Module):
         """-> last hidden states at text and codes, [B, T (+ N), C]. Of text B stands for B*R rows, R of
         which share a picture; with codes R is 1.
 
-        kvs: keys and values of each layer, with which the first `done` positions of text and codes and
-        the picture need not be computed again (nor are they returned). hide: share of the rows, the
+        kvs: keys and values of each layer, which hold the picture and the first `done` positions of text
+        and codes already: these are skipped and not returned. hide: share of the rows, the
         first ones, that do not see their own earlier codes."""
         if kvs is None:
             kvs = [KV() for _ in self.blocks]
@@ -419,8 +419,7 @@ class UMM(nn.Module):
         if s.image is not None:
             N = len(self.rc)
             see = F.pad(see, (N, 0), value=True)                                      # [B,new,N+T']
-        mask = torch.where(see, 0., -1e4).to(x.dtype)
-        mask = mask[:, None]                                                          # [B,1,new,N+T']
+        mask = torch.where(see[:, None], 0., -1e4).to(x.dtype)                        # [B,1,new,N+T']
         return self.through_blocks(x, at, mask, kvs)
 
     def read(self, image, kvs):
@@ -439,8 +438,8 @@ class UMM(nn.Module):
         if s.codes is not None:
             codes = self.embed_codes(s.codes, hide)                                   # [B,n+1,C]
             turn = F.pad(turn, (0, codes.shape[1]), value=1)                          # codes are turn 1
-            new = max(0, done - T)
-            parts.append(codes[:, new:])
+            start = max(0, done - T)                         # first new code
+            parts.append(codes[:, start:])
         return torch.cat(parts, 1), turn
 
     def through_blocks(self, x, at, mask, kvs):
@@ -507,7 +506,7 @@ class UMM(nn.Module):
         kvs = [Cache(room) for _ in self.blocks]
         tokens, done = [], 0
         ended = s.text.new_zeros(B, dtype=torch.bool)
-        with torch.inference_mode():                         # as no_grad, and a quarter faster
+        with torch.inference_mode():                         # faster than no_grad
             for _ in range(length):
                 x = self.hidden(s, kvs, done)                                         # [rows,new,C]
                 done += x.shape[1]

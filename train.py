@@ -95,7 +95,6 @@ class Settings(Config):
     questions: int = setting(12, 'questions asked about each picture', least=1)
     late_questions: int = setting(36, 'the same in the later part of post-training', least=1)
     late_from: float = setting(.1, 'share of post-training after which this part begins', most=1)
-    relate_from: int = setting(2000, 'step of post-training after which questions relate objects')
     # -- optimizers
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
@@ -305,12 +304,17 @@ def generated(run, index: int, seq, target, r):
     return loss
 
 
+FIND_STEPS = 1700              # of the later part ask mostly to find things, all after them to relate
+
+
 def mixed(s: Settings, step: int):
-    """-> (share of the questions' pictures, share of the maps, part of training, see DataSet.asked)"""
+    """-> (share of the questions' pictures, share of the maps, part of training: which of DataSet.mixes
+    is asked, 0, 1 or 2)"""
+    late = step - s.late_from * s.post_steps                   # steps of the later part so far
     part = 0
-    if step >= s.late_from * s.post_steps:
+    if late >= 0:
         part = 1
-    if step >= s.relate_from:
+    if late >= FIND_STEPS:
         part = 2
     return 1, 1, part
 
@@ -680,7 +684,8 @@ def losses_of(run: Run, seq, target=None, hide=0.):
 
 def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part=0):
     """Mean losses of a step: `n_ask` pictures with questions, `n_draw` texts to draw, `n_maps` pictures
-    with maps. What nothing is known of is left out; part: of training, in which other things are asked.
+    with maps. What nothing is known of is left out; part 0, 1 or 2 of training: which of DataSet.mixes
+    is asked, from 1 on late_questions about a picture.
 
     Each loss is a mean over its own tokens, in nats, and has its own weight: 64 codes of a picture do
     not drown three words of an answer. All of them go through one pass of the optimizer."""
@@ -691,7 +696,7 @@ def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part
     if n_ask:
         # questions and captions about pictures
         Q = s.late_questions if part else s.questions
-        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=world.asked[part])
+        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=world.mixes[part])
         out['text'], _ = losses_of(run, seq)
     if n_draw and world.captions:
         # pictures from captions
@@ -741,7 +746,8 @@ def maps_a_step(run: Run) -> int:
 
 def posttrain(run: Run):
     """SGT: [picture][instruction][map], loss on the map's codes only, mixed with questions. Later, when
-    shapes are known from the maps, more questions are asked, most of them of finding."""
+    shapes are known from the maps, more questions are asked, most of them of finding; in long runs, once
+    that is learned too, of how things relate."""
     s = run.s
     maps = maps_a_step(run)
     pictures = s.post_ask + s.post_draw + maps

@@ -249,7 +249,7 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
         'data': draw_data,
     }
     spent = {name: median_wall(times) for name, times in alternate(runs, rounds).items()}
-    for name, what in (('step', 'post-training'), ('late', 'its second half')):
+    for name, what in (('step', 'post-training'), ('late', 'with late questions')):
         steps = 1 / spent[name]
         report.note(f'cpu preset, {what}', f'{steps:.2f} steps/s', steps)
     share = spent['data'] / spent['step']

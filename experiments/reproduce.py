@@ -59,7 +59,7 @@ class Arm:
 
 
 def maps_first(s: train.Settings, step: int):
-    """As train.mixed: all maps in the first half of the stage, then all questions, late ones last."""
+    """Parts 0 and 1 of train.mixed: all maps in the first half of the stage, then all questions."""
     share = step / s.post_steps
     if share < .5:
         return 0, 2, 0

@@ -447,8 +447,9 @@ def test_one_map_a_step_or_none(world, ratio, maps):
     losses['loss'].backward()
 
 
-def test_what_is_asked_changes_twice():
-    s = train.Settings(post_steps=10, late_from=.3, relate_from=8)
+def test_what_is_asked_changes_twice(monkeypatch):
+    monkeypatch.setattr(train, 'FIND_STEPS', 5)
+    s = train.Settings(post_steps=10, late_from=.3)
     parts = [train.mixed(s, step) for step in range(10)]
     assert parts == [(1, 1, 0)] * 3 + [(1, 1, 1)] * 5 + [(1, 1, 2)] * 2
 
