@@ -94,7 +94,7 @@ class Settings(Config):
     # -- questions about one picture share it: they are nearly free
     questions: int = setting(12, 'questions asked about each picture', least=1)
     late_questions: int = setting(36, 'the same in the later part of post-training', least=1)
-    late_from: float = setting(.1, 'share of post-training after which this part begins', most=1)
+    late_from: float = setting(.1, 'share of post-training after which these are asked', most=1)
     # -- optimizers
     tok_lr: float = setting(4e-3, 'AdamW learning rate of the tokenizer stage', least=1e-12)
     lr: float = setting(2e-3, 'AdamW learning rate of the other stages: embeddings, heads', least=1e-12)
