@@ -96,7 +96,7 @@ def draw_costs(ax, found):
                     label=f'{label} ({len(curves)} seeds)')
     bound = np.mean(list(SHAPE_BLIND.values()))
     ax.axhline(bound, color='black', lw=.8, ls=':')
-    ax.text(ax.get_xlim()[1], bound, 'one who knows all but shapes', ha='right', va='bottom', fontsize=7)
+    ax.text(ax.get_xlim()[0], bound, ' one who knows all but shapes', va='bottom', fontsize=7)
     ax.set(xlabel='TFLOPs of post-training', ylabel='validation accuracy')
     ax.legend(fontsize=7, loc='upper left')
 
