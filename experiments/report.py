@@ -400,10 +400,12 @@ def points(e) -> str:
     """An effect in percentage points with its interval."""
     if e['value'] is None:
         return '-'
-    text = f"{100 * e['value']:+.1f}"
-    if e['low'] is not None:
-        text += f" [{100 * e['low']:+.1f}, {100 * e['high']:+.1f}]"
-    return text
+    # rounded twice: a tie such as 8.35 must not hang on the last bit, which versions of numpy differ in
+    ends = (e['value'], e['low'], e['high'])
+    value, low, high = [None if x is None else round(100 * x, 6) for x in ends]
+    if low is None:
+        return f'{value:+.1f}'
+    return f'{value:+.1f} [{low:+.1f}, {high:+.1f}]'
 
 
 def table_of_claims(claims) -> str:
@@ -423,7 +425,7 @@ def mean_text(results, path) -> str:
     """The mean of a score over the results that have it."""
     values = [look_up(result, path) for result in results]
     known = [value for value in values if value is not None]
-    return f'{np.mean(known):.3f}' if known else '-'
+    return f'{round(np.mean(known), 9):.3f}' if known else '-'       # twice, as above
 
 
 def table_of_scores(found, part: str, layer: tuple) -> str:
