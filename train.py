@@ -304,7 +304,7 @@ def generated(run, index: int, seq, target, r):
     return loss
 
 
-FIND_STEPS = 1700              # of the later part ask mostly to find things, all after them to relate
+FIND_STEPS = 1700              # so long the later part asks mostly to find things, then to relate them
 
 
 def mixed(s: Settings, step: int):

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data import CELLS, SPLITS, UserError, and_between
-from folder import FOLDERS, class_names, upright
+from folder import FOLDERS, TEXTS, class_names, upright
 
 IGNORED = 255
 SEEN = .04                     # share of a window that a class covers at least, to be asked about
@@ -41,6 +41,11 @@ class Kept(NamedTuple):
 
 
 # ---- the folder ----
+def text_in(row: dict, key: str) -> str:
+    """What stands under a key of folder.TEXTS, or under Hugging Face's name for it; '' for none."""
+    return row.get(key) or row.get(TEXTS[key]) or ''
+
+
 def rows_in(folder: Path):
     """-> (split, a row of its metadata.jsonl, path of its picture, its mask uint8 [h, w])."""
     for name in SPLITS:
@@ -56,10 +61,9 @@ def rows_in(folder: Path):
                 continue
             try:
                 row = json.loads(line)
-                drawn = row.get('mask') or row['mask_file_name']         # as folder.py reads it
-                with Image.open(path.parent / drawn) as mask:
+                with Image.open(path.parent / text_in(row, 'mask')) as mask:
                     yield split, row, path.parent / row['file_name'], np.array(mask)
-            except (LookupError, TypeError, ValueError, OSError) as e:
+            except (LookupError, AttributeError, TypeError, ValueError, OSError) as e:
                 raise UserError(f'{path}:{n} has no mask, by which windows are cut: {e!r:.100}')
 
 
@@ -115,7 +119,7 @@ def windows_in(folder: Path, kept: Kept, side: int, each: int, whole: bool, rng)
         mask = kept.numbers[mask]
         depth = {o['name']: o['depth'] for o in row.get('objects', ()) if 'depth' in o}
         if whole:
-            yield Window(split, image, mask, row.get('caption', ''), depth)
+            yield Window(split, image, mask, text_in(row, 'caption'), depth)
             continue
         if min(mask.shape) < side:
             raise UserError(f"{row['file_name']} is {image.size}, less than a window of {side}: --whole")

@@ -60,6 +60,15 @@ def test_rows_are_read_as_training_reads_them(tmp_path):
     path.write_text(lines + '\n\n', 'utf-8-sig')
     found = [split for split, *_ in windows.rows_in(root)]
     assert found == ['train'] * 24 + ['validation'] * 24 + ['test'] * 24
+    assert windows.text_in({'text': 'a cat'}, 'caption') == 'a cat'
+
+
+@pytest.mark.parametrize('line', ['[1]', '"a"', '{"file_name": "0.png"}'])
+def test_a_row_without_a_mask_is_one_line(tmp_path, line):
+    root = folder_of(tmp_path / 'in')
+    (root / 'train' / 'metadata.jsonl').write_text(line)
+    with pytest.raises(UserError, match='metadata.jsonl:1 has no mask'):
+        list(windows.rows_in(root))
 
 
 def test_windows_are_cut_at_the_pictures_own_resolution(tmp_path):
