@@ -465,107 +465,64 @@ COLOURS = {
     'cyan': (.10, .82, .85),
 }
 CLASSES = ('background',) + SHAPES
+PAIRS = list(product(SHAPES, COLOURS))
 CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
 NEAR = .265                    # radius of the nearest object
 FAR = .17                      # and of the farthest
-# P(n, c): rows n = 1-4 objects, each 1/4; columns c = 0-4 of them are of the theme, each 1/5
-THEMES = torch.tensor([
-    [.125, .125, 0, 0, 0],
-    [.025, .025, .2, 0, 0],
-    [.025, .025, 0, .2, 0],
-    [.025, .025, 0, 0, .2],
-])
-
-
-class Scenes(NamedTuple):
-    """B scenes as tensors; slots are in reading order, those from n on are empty."""
-    n: Tensor            # [B] number of objects, 1 to 4
-    shape: Tensor        # [B,4] index into SHAPES
-    colour: Tensor       # [B,4] index into COLOURS
-    cell: Tensor         # [B,4] index into CELLS
-    xy: Tensor           # [B,4,2] centres
-    z: Tensor            # [B,4] depth, 0 near to 1 far
-    theme: Tensor        # [B] what may be counted: 0-4 a shape, 5-10 a colour, -1 nothing
-
-    @property
-    def radius(self):
-        return NEAR + (FAR - NEAR) * self.z                                           # [B,4]
+# How likely 0, 1, 2, 3, 4 objects of the theme are, where there are 1, 2, 3 or 4 objects in all
+OF_THEME = {
+    1: (.5, .5, 0, 0, 0),
+    2: (.1, .1, .8, 0, 0),
+    3: (.1, .1, 0, .8, 0),
+    4: (.1, .1, 0, 0, .8),
+}
 
 
 class Object(NamedTuple):
-    """One object of one scene, for the text: names of shape and colour, then as in Scenes."""
-    shape: str
-    colour: str
-    cell: int
-    x: float
+    """What lies in one quarter of the picture."""
+    shape: str                 # one of SHAPES
+    colour: str                # one of COLOURS
+    cell: int                  # index into CELLS
+    x: float                   # of its centre
     y: float
-    z: float
+    z: float                   # depth, 0 near to 1 far
 
     @property
     def name(self) -> str:
         return f'{self.colour} {self.shape}'
 
+    @property
+    def radius(self) -> float:
+        return NEAR + (FAR - NEAR) * self.z
+
 
 class Scene(NamedTuple):
-    """One scene, for the text."""
+    """What a picture shows."""
     objects: list[Object]      # in reading order
-    theme: int                 # as in Scenes
+    theme: str = ''            # the shape or colour that may be counted, if any
 
 
-def sample_scenes(B: int, g: torch.Generator) -> Scenes:
-    """Draw B scenes. A (colour, shape) pair occurs once at most: a name means one object. 40% have a
-    theme: a shape or colour of exactly c objects, P(c) = 1/5, n is uniform: no count can be guessed."""
-    S, C, M = len(SHAPES), len(COLOURS), len(CELLS)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=g, device=g.device)
-
-    # how many objects, and how many of them are of the theme, if there is one
-    joint = THEMES.flatten().to(g.device)                                             # [20]
-    pick = torch.multinomial(joint, B, replacement=True, generator=g)                 # [B]
-    themed = rand(B) < .4
-    theme = (rand(B) * (S + C)).long()                                                # [B]
-    theme = torch.where(themed, theme, -1)
-    n = pick // 5 + 1                                                                 # [B]
-    c = torch.where(theme >= 0, pick % 5, 0)                                          # [B]
-    # which of the 30 (shape, colour) pairs are of the theme
-    pair = torch.arange(S * C, device=g.device)
-    of_shape = pair // C == theme[:, None]
-    of_colour = pair % C + S == theme[:, None]
-    of_theme = (of_shape | of_colour).float()                                         # [B,30]
-    # four distinct pairs of the theme and four of the rest, in random order: random scores, sorted;
-    # one more for those that are wanted, so that they come first
-    score = rand(B, S * C)
-    inside = (score + of_theme).topk(M).indices                                       # [B,4]
-    outside = (score - of_theme).topk(M).indices                                      # [B,4]
-    # the first c slots get pairs of the theme, the others of the rest
-    slot = torch.arange(M, device=g.device).expand(B, M)
-    rest = slot - c[:, None]
-    outside = outside.gather(1, rest.clamp(min=0))
-    pairs = torch.where(rest < 0, inside, outside)                                    # [B,4]
-    # distinct cells; then objects in reading order, the empty slots last
-    cell = rand(B, M).argsort(1)                                                      # [B,4]
-    empty = slot >= n[:, None]
-    order = (cell + M * empty).argsort(1)
-    cell = cell.gather(1, order)
-    pairs = pairs.gather(1, order)
-    column_row = torch.stack([cell % 2, cell // 2], -1)                               # [B,4,2]
-    middle = (column_row + .5) / 2
-    xy = middle + (rand(B, M, 2) - .5) * .12
-    z = rand(B, M)
-    return Scenes(n, pairs // C, pairs % C, cell, xy, z, theme)
-
-
-def scenes_as_objects(s: Scenes) -> list[Scene]:
-    """The same scenes as lists of Object."""
-    colours = list(COLOURS)
-    scenes = []
-    for n, *slots, theme in zip(*[t.tolist() for t in s]):
-        objects = []
-        for shape, hue, cell, (x, y), z in zip(*slots):
-            objects.append(Object(SHAPES[shape], colours[hue], cell, x, y, z))
-        scenes.append(Scene(objects[:n], theme))
-    return scenes
+def sample_scene(rng: random.Random) -> Scene:
+    """Draw a scene. A (shape, colour) pair occurs once at most: a name means one object. 40% have a
+    theme, a shape or colour of exactly c objects: n is uniform from 1 to 4, and so is c from 0 to 4, so
+    that no count can be guessed."""
+    n = rng.randint(1, 4)
+    theme, c = '', 0
+    if rng.random() < .4:
+        theme = rng.choice([*SHAPES, *COLOURS])
+        c, = rng.choices(range(5), OF_THEME[n])
+    of_theme = [pair for pair in PAIRS if theme in pair]
+    others = [pair for pair in PAIRS if theme not in pair]
+    pairs = rng.sample(of_theme, c) + rng.sample(others, n - c)
+    rng.shuffle(pairs)
+    cells = rng.sample(range(len(CELLS)), n)
+    objects = []
+    for (shape, colour), cell in zip(pairs, sorted(cells)):
+        row, column = divmod(cell, 2)
+        x = (column + .5) / 2 + rng.uniform(-.06, .06)
+        y = (row + .5) / 2 + rng.uniform(-.06, .06)
+        objects.append(Object(shape, colour, cell, x, y, rng.random()))
+    return Scene(objects, theme)
 
 
 # ---- the procedural world: renderings ----
@@ -574,79 +531,84 @@ def box(x, y, width, height):
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
-def distance_field(shape: int, x, y):
-    """Signed distance (negative inside) to shape `shape` of radius 1 at the origin; x, y of any size."""
-    name = SHAPES[shape]
-    if name == 'circle':
+def distance_field(shape: str, x, y):
+    """Signed distance (negative inside) to a shape of radius 1 at the origin; x, y of any size."""
+    if shape == 'circle':
         return torch.hypot(x, y) - .95
-    if name == 'square':
+    if shape == 'square':
         return box(x, y, .82, .82)
-    if name == 'triangle':
+    if shape == 'triangle':
         sides = x.abs() * .866 - (y - .15) * .5
         return torch.maximum(sides, y - .15) - .58
-    if name == 'cross':
+    if shape == 'cross':
         lying = box(x, y, 1, .32)
         standing = box(x, y, .32, 1)
         return torch.minimum(lying, standing)
-    if name == 'ring':
+    if shape == 'ring':
         return (torch.hypot(x, y) - .70).abs() - .25
-    raise ValueError(f'{name} has no distance field')
+    raise ValueError(f'{shape} has no distance field')
 
 
-def background(B: int, size: int, rand, device):
+def background(B: int, size: int, g: torch.Generator):
     """Grey of random brightness and tint with stripes of random direction, width and contrast,
-    [B,3,S,S], and where its pixels lie across and down, [1,S,S] each."""
-    axis = (torch.arange(size, device=device) + .5) / size
+    [B, 3, S, S], and where its pixels lie across and down, [1, S, S] each."""
+    axis = (torch.arange(size, device=g.device) + .5) / size
     X = axis.expand(1, size, size)
     Y = axis[:, None].expand(1, size, size)
-    u = rand(4, B, 1, 1)
+    u = torch.rand(5, B, 1, 1, generator=g, device=g.device)
+    tint = torch.rand(B, 3, 1, 1, generator=g, device=g.device)
     angle = math.pi * u[0]                                                            # [B,1,1]
     phase = 2 * math.pi * u[1]
     waves = 4 * u[2] + 2                                   # from side to side
     contrast = .05 * u[3]
     along = X * angle.cos() + Y * angle.sin()                                         # [B,S,S]
     stripes = torch.sin(2 * math.pi * waves * along + phase) * contrast               # [B,S,S]
-    brightness = .3 + .4 * rand(B, 1, 1, 1)
-    tint = .06 * (rand(B, 3, 1, 1) - .5)
-    return brightness + tint + stripes[:, None], X, Y                                 # [B,3,S,S]
+    grey = .3 + .4 * u[4] + stripes                                                   # [B,S,S]
+    return grey[:, None] + .06 * (tint - .5), X, Y                                    # [B,3,S,S]
 
 
-def render(s: Scenes, size: int, g: torch.Generator) -> Rendering:
-    """Draw scenes at size x size pixels, far to near, anti-aliased; g: texture and noise."""
-    B, device = len(s.n), s.n.device
-    every = torch.arange(B, device=device)
+def layers_of(scenes: list[Scene], device):
+    """The objects of B scenes as numbers, from the farthest to the nearest: [4, 9, B, 1, 1]. Of each
+    its number in the scene, its class, x, y, radius, nearness, red, green, blue. Number 0: no object."""
+    rows = []
+    for scene in scenes:
+        row = []
+        for number, o in enumerate(scene.objects, 1):
+            nearness = 1 - .75 * o.z
+            what = (number, CLASSES.index(o.shape), o.x, o.y, o.radius, nearness, *COLOURS[o.colour])
+            row.append((o.z, what))
+        row.sort(reverse=True)
+        none = (0, 0, 0, 0, 1, 0, 0, 0, 0)
+        row = [what for _, what in row]
+        rows.append(row + [none] * (len(CELLS) - len(row)))
+    table = torch.tensor(rows, device=device)                                         # [B,4,9]
+    return table.permute(1, 2, 0)[..., None, None]                                    # [4,9,B,1,1]
 
-    def rand(*shape):
-        return torch.rand(*shape, generator=g, device=g.device).to(device)
 
-    image, X, Y = background(B, size, rand, device)                                   # [B,3,S,S]
-    instance = torch.zeros(B, size, size, dtype=torch.long, device=device)
-    rgb = torch.tensor(list(COLOURS.values()), device=device)
-    for slot in s.z.argsort(1, descending=True).T:                                    # [B]
-        shape = s.shape[every, slot]                                                  # [B]
-        colour = rgb[s.colour[every, slot]]                                           # [B,3]
-        radius = s.radius[every, slot][:, None, None]                                 # [B,1,1]
-        centre = s.xy[every, slot]                                                    # [B,2]
-        x = (X - centre[:, 0, None, None]) / radius                                   # [B,S,S]
-        y = (Y - centre[:, 1, None, None]) / radius                                   # [B,S,S]
+def render(scenes: list[Scene], size: int, g: torch.Generator) -> Rendering:
+    """Draw B scenes at size x size pixels, anti-aliased; g, on the device: texture and noise."""
+    image, X, Y = background(len(scenes), size, g)                                    # [B,3,S,S]
+    instance = torch.zeros_like(image[:, 0])                                          # [B,S,S]
+    classes = torch.zeros_like(instance)
+    depth = torch.zeros_like(instance)
+    for layer in layers_of(scenes, g.device):
+        number, kind, x, y, radius, nearness, *rgb = layer                            # [B,1,1]
+        x = (X - x) / radius                                                          # [B,S,S]
+        y = (Y - y) / radius                                                          # [B,S,S]
         distance = torch.full_like(x, 9.)
-        for k in range(len(SHAPES)):
-            here = (shape == k) & (slot < s.n)                                        # [B]
-            distance[here] = distance_field(k, x[here], y[here])
+        for k, shape in enumerate(CLASSES):
+            if k > 0:
+                here = kind.flatten() == k                                            # [B]
+                distance[here] = distance_field(shape, x[here], y[here])
         alpha = (.5 - distance * radius * size).clamp(0, 1)                           # [B,S,S]
-        image = torch.lerp(image, colour[:, :, None, None], alpha[:, None])
-        number = slot[:, None, None] + 1
-        instance = torch.where(alpha >= .5, number, instance)
-    noise = torch.randn(image.shape, generator=g, device=g.device).to(device)
+        image = torch.lerp(image, torch.stack(rgb, 1), alpha[:, None])
+        inside = alpha >= .5
+        instance = torch.where(inside, number, instance)
+        classes = torch.where(inside, kind, classes)
+        depth = torch.where(inside, nearness, depth)
+    noise = torch.randn(image.shape, generator=g, device=g.device)
     image = (image + .015 * noise).clamp(0, 1)
-    classes = look_up(s.shape + 1, instance)
-    return Rendering(image, classes, instance, look_up(1 - .75 * s.z, instance))
-
-
-def look_up(values, instance):
-    """values [B, 4] of the slots -> the value of each pixel's object, 0 in the background [B, S, S]."""
-    values = F.pad(values, (1, 0))                                                    # [B,5]
-    return values.gather(1, instance.flatten(1)).view_as(instance)                    # [B,S,S]
+    return Rendering(image, classes.long(), instance.long(), depth)
 
 
 # ---- the procedural world: captions; one right order of the objects leaves less to guess per word ----
@@ -726,12 +688,10 @@ def gap(a: Object, b: Object) -> float:
 
 def ask_count(scene, rng):
     """'how many red objects are there?' Of all objects, or of the scene's theme."""
-    if scene.theme < 0 or rng.random() < .3:
+    if not scene.theme or rng.random() < .3:
         return ['objects'], str(len(scene.objects))
-    names = SHAPES + tuple(COLOURS)
-    name = names[scene.theme]
-    words = PLURAL.get(name, f'{name} objects')
-    return [words], str(times(scene, name))
+    words = PLURAL.get(scene.theme, f'{scene.theme} objects')
+    return [words], str(times(scene, scene.theme))
 
 
 def ask_colour(scene, rng):
@@ -869,13 +829,13 @@ class World(DataSet):
 
     def scenes(self, split, stream, index, B, pixels=True):
         """-> (B of Scene, their Rendering, a random.Random for the text)."""
-        s = sample_scenes(B, generator(self.seed, split, stream, index))
+        rng = python_random(self.seed, split, stream, index)
+        scenes = [sample_scene(rng) for _ in range(B)]
         r = None
         if pixels:
-            g = generator(self.seed, split, stream + ' texture', index, self.device)
-            there = [t.to(self.device) for t in s]
-            r = render(Scenes(*there), self.size, g)
-        return scenes_as_objects(s), r, python_random(self.seed, split, stream, index)
+            g = generator(self.seed, split, stream, index, self.device)
+            r = render(scenes, self.size, g)
+        return scenes, r, rng
 
     def corpus(self):
         """All kinds of sentences of the world."""

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import data  # before torch: it tells OpenMP how to wait
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from data import COLOURS, MAPS, SHAPES, DataSet, Object, UserError, classes_of
@@ -190,7 +189,7 @@ def templates(size: int, device):
     radii = radii * size                                       # in pixels
     offsets = list(product((0, .5), (0, .5)))                  # centres lie between pixels too
     inside = []
-    for shape, r, (x, y) in product(range(len(SHAPES)), radii, offsets):
+    for shape, r, (x, y) in product(SHAPES, radii, offsets):
         across = (axis - x)[None] / r                                                 # [1,P]
         down = (axis - y)[:, None] / r                                                # [P,1]
         distance = data.distance_field(shape, across, down)                           # [P,P]
@@ -358,116 +357,6 @@ def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
     return scores
 
 
-# ---- generation of real pictures: no rule verifies them, a small CNN reads them ----
-# It learns from real pictures only, so it can be as wrong about a drawing as about a picture: its own
-# accuracy on true test pictures stands beside the score, and what it finds in drawings of other texts.
-class Reader:
-    """Which words of a caption hold of a picture? Learned from the training split, from the words that
-    2% to 98% of its captions contain."""
-
-    def __init__(self, world: DataSet, steps=600, B=64, rare=.02):
-        self.world = world
-        texts, said = [], Counter()
-        pictures = min(world.limit('train'), 20_000)
-        for i in range(math.ceil(pictures / B)):
-            batch = world.scenes('train', 'reader words', i, B, pixels=False)
-            texts += self.captions(batch)
-        for text in texts:
-            said.update(self.words_of(text))
-        self.words, weight = [], []
-        for word, n in sorted(said.items()):
-            often = n / len(texts)
-            if rare <= often <= 1 - rare:
-                self.words.append(word)
-                weight.append(1 / often - 1)                   # rare words count more
-        if not self.words:
-            return                                             # there is nothing to tell apart
-        weight = torch.tensor(weight)                                                 # [words]
-        with torch.random.fork_rng():     # whoever calls it measures only
-            torch.manual_seed(0)
-            self.train(steps, B, nn.BCEWithLogitsLoss(pos_weight=weight))
-
-    def captions(self, batch) -> list[str]:
-        """Of a batch as scenes() gives it."""
-        scenes, _, rng = batch
-        return [self.world.describe(scene, 'list', rng) for scene in scenes]
-
-    def words_of(self, text: str) -> set:
-        """The distinct words of a caption, without what stands between them."""
-        return {word for word in data.words_of(text) if word[0].isalnum()}
-
-    def labels(self, texts):
-        """Captions -> [n, words], 1 where the word is there."""
-        rows = []
-        for text in texts:
-            said = self.words_of(text)
-            rows.append([float(word in said) for word in self.words])
-        return torch.tensor(rows)
-
-    def train(self, steps: int, B: int, loss):
-        """Three convolutions and a linear layer, on batches of real training pictures."""
-        side = math.ceil(self.world.size / 8)                  # after three halvings
-        layers = []
-        for a, b in ((3, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU()]
-        features = 128 * side ** 2
-        layers += [nn.Flatten(), nn.Dropout(), nn.Linear(features, len(self.words))]
-        self.net = nn.Sequential(*layers).to(self.world.device)
-        # small pictures are learned by heart: dropout and weight decay work against that
-        optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3, weight_decay=.05)
-        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-        for step in range(steps):
-            batch = self.world.scenes('train', 'reader', step, B)
-            _, r, _ = batch
-            logits = self.net(r.image).cpu()                                          # [B,words]
-            labels = self.labels(self.captions(batch))                                # [B,words]
-            loss(logits, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            falling.step()
-        self.net.eval()
-
-    def __call__(self, images, texts):
-        """-> counts [n, words, (hits, true, right noes, false)] of what it reads in the pictures."""
-        true = self.labels(texts) > 0                                                 # [n,words]
-        read = self.net(images).cpu() > 0                                             # [n,words]
-        hits = true & read
-        noes = ~true & ~read
-        counts = torch.stack([hits, true, noes, ~true], -1)                           # [n,words,4]
-        return counts.double()
-
-
-def balanced_accuracy(counts):
-    """[words, (hits, true, right noes, false)] -> mean over words of the mean of both rates."""
-    hits, true, noes, false = counts.unbind(-1)
-    return ((hits / true + noes / false) / 2).nanmean()
-
-
-def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
-    """Generation on real pictures: how well `Reader` tells the words of n captions in pictures drawn
-    from them, mean over words of balanced accuracy (chance 1/2). `verifier`: in true pictures, that is
-    its own accuracy; `ceiling`: in these after the tokenizer; `other`: in what other captions drew."""
-    read = Reader(world)
-    if not read.words:
-        print('drawings cannot be scored: no word stands in 2% to 98% of the captions of train')
-        return {}
-    batch = world.scenes(split, 'generation', 0, n)
-    _, r, _ = batch
-    texts = read.captions(batch)
-    drawings = drawn(umm, tok, world.text, texts, 0, cfg)                             # [n,3,S,S]
-    pictures = {
-        'mean': drawings,
-        'verifier': r.image,
-        'ceiling': tok.decode(tok.encode(r.image)),
-        'other': drawings.roll(1, 0),
-    }
-    scores = {}
-    for name, x in pictures.items():
-        counts = read(x, texts)                                                       # [n,words,4]
-        scores[name] = bootstrap(balanced_accuracy, counts)
-    return scores
-
-
 # ---- segmentation and tokenizer ----
 # A generated map is a picture. Its classes are read off by colour, pixel by pixel, never by comparing
 # codes: several codes may stand for the same pixels. What the tokenizer cannot draw, no model can: the
@@ -550,8 +439,6 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
     if world.exact:
         each = max(2, n // 8)                                  # prompts a category
         scores['generation'] = generation(umm, tok, world, each, cfg, split)
-    elif world.captions:
-        scores['generation'] = recognition(umm, tok, world, pictures, cfg, split)
     if 'seg' in world.maps:
         scores['segmentation'] = segmentation(umm, tok, world, pictures, split)
     return scores
@@ -599,6 +486,25 @@ def report(scores: dict, path: Path):
         part.write_text(text + '\n')
 
 
+def open_run(run: Path, device, folder=None, other_data=False):
+    """-> (tokenizer, umm or None where it is not trained yet, data set, settings) of a run's folder.
+    folder: where its real pictures are now; UserError if they are not those that it learned."""
+    checkpoint = run / 'model.safetensors'
+    tok, umm, text, _, meta = load(checkpoint, device)
+    s = meta['settings']
+    skip_bad = s.get('skip_bad')
+    folder = folder or s.get('data')
+    world = open_world(folder, umm.c.size, 0, device, text, skip_bad)
+    if world.names != meta['classes']:
+        raise UserError(f"{folder} has other classes than {run} learned: {meta['classes']}")
+    if world.checksum != meta['checksum'] and not other_data:
+        raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure '
+                        'on other pictures with --other_data')
+    if meta['stage'] == 'pretrain' and meta['step'] == 0:
+        umm = None
+    return tok, umm, world, s
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -612,20 +518,11 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.n < 16:
         raise UserError(f'--n is {a.n}: it must be 16 or more')
-    device = data.find_device(a.device)
     run = Path(a.run)
-    tok, umm, text, _, meta = load(run / 'model.safetensors', device)
-    s = meta['settings']
-    folder = a.data or s.get('data')
-    world = open_world(folder, umm.c.size, 0, device, text, s.get('skip_bad'))
-    if world.names != meta['classes']:
-        raise UserError(f"{folder} has other classes than {run} learned: {meta['classes']}")
-    if world.checksum != meta['checksum'] and not a.other_data:
-        raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure '
-                        'on other pictures with --other_data')
-    if meta['stage'] == 'pretrain' and meta['step'] == 0:
-        umm = None                                             # not trained yet
-    scores = evaluate(umm, tok, world, a.n, s.get('cfg', 2.), a.split)
+    device = data.find_device(a.device)
+    tok, umm, world, s = open_run(run, device, a.data, a.other_data)
+    cfg = s.get('cfg', 2.)
+    scores = evaluate(umm, tok, world, a.n, cfg, a.split)
     report(scores, run / f'scores_{a.split}.json')
 
 

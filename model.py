@@ -40,10 +40,9 @@ class Config:
     size: int = setting(32, 'S, side of a picture in pixels', 16, 512)
     patch: int = setting(4, 'side in pixels of what one code, or one input token, stands for', 1, 64)
     codebook: int = setting(512, 'K, number of codes', 2, 2**18)
-    code_dim: int = setting(8, 'channels of a code (vq only)', 1, 2**18)
+    code_dim: int = setting(8, 'channels of a code', 1, 2**18)
     vq_width: int = setting(64, 'channels of the tokenizer', 8, 2**18)
     vq_depth: int = setting(2, 'residual blocks in the encoder and in the decoder', 1, 512)
-    quantizer: str = setting('vq', 'vq (learned codebook) or fsq (fixed grid)', one_of=('vq', 'fsq'))
     n_layer: int = setting(4, 'transformer blocks', 1, 512)
     n_head: int = setting(6, 'H, attention heads', 1, 2**18)
     n_embd: int = setting(96, 'C, channels of the transformer', 4, 2**18)
@@ -105,39 +104,6 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(F.normalize(self.total, dim=-1))
 
 
-class FiniteScalarQuantizer(nn.Module):
-    """A fixed grid instead of a learned codebook: FSQ (Mentzer et al. 2023, section 3.1). With
-    K = 2^bits codes there are 8 levels in each channel and 2^(bits mod 3) in the last one."""
-
-    def __init__(self, K: int):
-        super().__init__()
-        bits = K.bit_length() - 1
-        levels = [8] * (bits // 3)
-        if bits % 3:
-            levels.append(2 ** (bits % 3))
-        levels = torch.tensor(levels)
-        basis = torch.cumprod(levels, 0) // levels           # what a digit of each channel is worth
-        codes = torch.arange(K)[:, None]                                              # [K, 1]
-        digits = codes // basis % levels                                              # [K, dim]
-        self.register_buffer('levels', levels)                                        # [dim]
-        self.register_buffer('basis', basis)                                          # [dim]
-        self.register_buffer('codebook', self.vectors(digits))                        # [K, dim]
-
-    def vectors(self, digits):
-        """0, 1, ..., levels - 1 -> evenly from -1 to 1."""
-        return digits / (self.levels - 1) * 2 - 1
-
-    def forward(self, z):
-        """As VectorQuantizer.forward; there is nothing to commit to, so that loss is 0."""
-        z = torch.tanh(z)
-        unit = (z + 1) / 2                                     # from 0 to 1
-        digits = (unit * (self.levels - 1)).round()                                   # [B,G,G,dim]
-        codes = (digits.long() * self.basis).sum(-1)                                  # [B,G,G]
-        e = self.vectors(digits)                                                      # [B,G,G,dim]
-        e = z + (e - z).detach()
-        return e, codes, z.new_zeros(())
-
-
 class ResBlock(nn.Module):
     """x + conv(gelu(conv(norm(x)))), x [B, width, G, G]."""
 
@@ -160,13 +126,10 @@ class VQTokenizer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        if c.quantizer == 'fsq':
-            self.quantizer = FiniteScalarQuantizer(c.codebook)
-        else:
-            self.quantizer = VectorQuantizer(c.codebook, c.code_dim)
+        self.quantizer = VectorQuantizer(c.codebook, c.code_dim)
         width = c.vq_width
         pixels = 3 * c.patch ** 2
-        dim = self.quantizer.codebook.shape[1]
+        dim = c.code_dim
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(c.patch),                                               # [B,pixels,G,G]
             nn.Conv2d(pixels, width, 3, padding=1),                                   # [B,width,G,G]
@@ -627,8 +590,6 @@ def check_config(c: Config):
         value = getattr(c, name)
         if value % unit:
             raise ValueError(f'{name} is {value}: it must be a multiple of {unit}')
-    if c.quantizer == 'fsq' and c.codebook.bit_count() != 1:
-        raise ValueError(f'codebook is {c.codebook}: it must be a power of 2 for fsq')
 
 
 def read_checkpoint(path):

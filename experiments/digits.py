@@ -195,11 +195,7 @@ def scenes(exemplars, labels, side: int, n: int, seed: int):
 def textured(B: int, side: int, stream: str, seed: int):
     """Grounds of the procedural world, with its noise: [B, S, S, 3] in [0, 1]."""
     g = generator(seed, 'train', stream, 0)
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=g)
-
-    image, _, _ = background(B, side, rand, 'cpu')                                    # [B,3,S,S]
+    image, _, _ = background(B, side, g)                                              # [B,3,S,S]
     noise = torch.randn(image.shape, generator=g)
     image = (image + .015 * noise).clamp(0, 1)
     return image.permute(0, 2, 3, 1).numpy()                                          # [B,S,S,3]

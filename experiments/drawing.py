@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from data import Scenes
+from data import Scene
 
 B = 64                           # pictures at a time
 
@@ -30,36 +30,37 @@ def nats_of_rows(umm, s) -> tuple:
     return text.sum(1) / asked, pixel.mean(1)
 
 
-def swapped(s: Scenes, what: str) -> Scenes:
-    """The same scenes with the first two objects' places (`sides`) or colours (`colours`) exchanged."""
-    order = torch.tensor([1, 0, 2, 3])
-    colour = s.colour[:, order]                                                       # [B,4]
+def swapped(scene: Scene, what: str) -> Scene:
+    """The same scene of two objects with their places (`sides`) or colours (`colours`) exchanged."""
+    a, b = scene.objects                                       # in reading order, which stays
     if what == 'colours':
-        return s._replace(colour=colour)
-    return s._replace(colour=colour, shape=s.shape[:, order])
+        return Scene([a._replace(colour=b.colour), b._replace(colour=a.colour)])
+    first = a._replace(colour=b.colour, shape=b.shape)
+    second = b._replace(colour=a.colour, shape=a.shape)
+    return Scene([first, second])
 
 
 def pair_batch(world, split: str, index: int) -> tuple:
-    """-> (Scenes, [(caption, number of the scene)]): those of two objects with two shapes and two
-    colours, one of which is clearly left of, right of, above or below the other."""
-    s = data.sample_scenes(4 * B, data.generator(world.seed, split, 'choice', index))
-    rng = data.python_random(world.seed, split, 'choice', index)
-    found = []
-    for i, (objects, _) in enumerate(data.scenes_as_objects(s)):
+    """-> (captions, their scenes): those of two objects with two shapes and two colours, one of which is
+    clearly left of, right of, above or below the other."""
+    texts, found = [], []
+    scenes, _, rng = world.scenes(split, 'choice', index, 4 * B, pixels=False)
+    for scene in scenes:
+        objects = scene.objects
         text = None
         if len(objects) == 2:
             text = data.caption(objects, 'relation', rng)
         shapes = {o.shape for o in objects}
         colours = {o.colour for o in objects}
         if text and len(shapes) == 2 and len(colours) == 2:
-            found.append((text, i))
-    return s, found
+            texts.append(text)
+            found.append(scene)
+    return texts, found
 
 
-def plans_of(world, scenes: Scenes) -> list[str]:
+def plans_of(world, scenes: list[Scene]) -> list[str]:
     """The plans of scenes; empty in a world that has none."""
-    objects = data.scenes_as_objects(scenes)
-    return [world.describe(scene, 'place', None) or '' for scene in objects]
+    return [world.describe(scene, 'place', None) or '' for scene in scenes]
 
 
 @torch.no_grad()
@@ -68,9 +69,7 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
     'plan colours': the true plan is likelier, given the caption}: shares of n pairs, or a few more."""
     right, total, index = Counter(), 0, 0
     while total < n:
-        s, found = pair_batch(world, split, index)
-        texts, chosen = zip(*found)
-        true = Scenes(*[t[list(chosen)] for t in s])
+        texts, true = pair_batch(world, split, index)
         plans = plans_of(world, true)
 
         def nats(scenes):
@@ -83,7 +82,7 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
 
         plan, picture = nats(true)                                                    # [B], [B]
         for what in ('sides', 'colours'):
-            other_plan, other_picture = nats(swapped(true, what))
+            other_plan, other_picture = nats([swapped(scene, what) for scene in true])
             right[what] += int((picture < other_picture).sum())
             if plans[0]:
                 right[f'plan {what}'] += int((plan < other_plan).sum())

@@ -35,7 +35,7 @@ import model
 import sample
 import train
 from data import COLOURS, SHAPES, UserError
-from experiments import channels, drawing, report
+from experiments import channels, drawing, reader, report
 from experiments.channels import LONGER
 from experiments.restoration import RESTORATIONS
 from folder import open_world
@@ -585,7 +585,7 @@ def measure(run: train.Run, n: int) -> dict:
         scores['projection'] = projection(umm, tok, world, max(20, n // 10))
         scores['attention'] = attention_shares(umm, tok, world, max(16, n // 4))
     elif world.captions:
-        scores['generation'] = evaluation.recognition(umm, tok, world, min(n, 192), run.s.cfg)
+        scores['generation'] = reader.recognition(umm, tok, world, min(n, 192), run.s.cfg)
     scores['understanding'] = evaluation.understanding(umm, tok, world, n)
     if run.s.proxy == 'seg' and 'seg' in world.maps:
         scores['segmentation'] = evaluation.segmentation(umm, tok, world, max(16, n // 4))

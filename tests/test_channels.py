@@ -167,15 +167,13 @@ def test_counted_flops_are_those_of_a_hand_count(run):
 # ---- drawing without sampling ----
 def test_swapped_scenes_differ_in_nothing_else():
     world = World(32)
-    s, found = drawing.pair_batch(world, 'test', 0)
-    _, i = found[0]
-    a, b = data.scenes_as_objects(s)[i].objects
-    other = drawing.swapped(s, 'colours')
-    x, y = data.scenes_as_objects(other)[i].objects
+    _, scenes = drawing.pair_batch(world, 'test', 0)
+    scene = scenes[0]
+    a, b = scene.objects
+    x, y = drawing.swapped(scene, 'colours').objects
     assert x == a._replace(colour=b.colour)
     assert y == b._replace(colour=a.colour)
-    other = drawing.swapped(s, 'sides')
-    x, y = data.scenes_as_objects(other)[i].objects
+    x, y = drawing.swapped(scene, 'sides').objects
     assert x == a._replace(colour=b.colour, shape=b.shape)
     assert y == b._replace(colour=a.colour, shape=a.shape)
 
@@ -184,17 +182,15 @@ def test_forced_choice_against_naive_code(run):
     """One picture at a time, log-probabilities added code by code."""
     umm, tok, world = run.umm, run.tok, run.world
     got = drawing.choices(umm, tok, world, 1, 'val')
-    s, found = drawing.pair_batch(world, 'val', 0)
-    chosen = torch.tensor([i for _, i in found])
-    true = data.Scenes(*[t[chosen] for t in s])
-    other = drawing.swapped(true, 'sides')
+    texts, true = drawing.pair_batch(world, 'val', 0)
+    other = [drawing.swapped(scene, 'sides') for scene in true]
     pictures = []
     for scenes in (true, other):
         g = data.generator(world.seed, 'val', 'choice texture', 0)
         r = data.render(scenes, world.size, g)
         pictures.append(tok.encode(r.image))
     right = 0
-    for b, (text, _) in enumerate(found):
+    for b, text in enumerate(texts):
         plan = drawing.plans_of(world, true)[b]
         likely = []
         for codes in pictures:
@@ -209,7 +205,7 @@ def test_forced_choice_against_naive_code(run):
             likely.append(total)
         right += likely[0] > likely[1]
     n = got['sides']['n']
-    assert n == len(found)
+    assert n == len(texts)
     assert abs(got['sides']['value'] * n - right) < 1.5        # sums in another order: a tie may break
 
 
@@ -233,7 +229,7 @@ def test_every_arm_of_the_plans_is_known():
 def test_the_bound_of_one_who_knows_all_but_shapes():
     """It guesses shapes, knows sizes and colours well, and names what is somewhere by luck."""
     ring = data.Object('ring', 'red', 0, .2, .2, .9)
-    scene = data.Scene([ring], -1)
+    scene = data.Scene([ring])
     rng = random.Random(0)
     assert labels.guess_without_shapes(scene, 'size', ['red ring'], rng) == 'small'
     assert labels.guess_without_shapes(scene, 'colour', ['ring'], rng) == 'red'

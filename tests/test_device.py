@@ -20,7 +20,7 @@ import eval as evaluation
 import model
 import sample
 import train
-from experiments import reproduce
+from experiments import reader, reproduce
 from folder import Folder
 
 try:
@@ -210,18 +210,18 @@ def losses(device, text, proxy, **config):
 
 @pytest.mark.parametrize('proxy', data.MAPS)
 def test_losses_and_gradients_of_all_maps(device, world, proxy):
-    other = {'quantizer': 'fsq'} if proxy == 'recon' else {}
-    here = losses(torch.device('cpu'), world.text, proxy, **other)
-    assert losses(device, world.text, proxy, **other) == pytest.approx(here, rel=1e-3)
+    here = losses(torch.device('cpu'), world.text, proxy)
+    assert losses(device, world.text, proxy) == pytest.approx(here, rel=1e-3)
 
 
 def test_real_pictures(run_there, device, original, monkeypatch):
-    """Evaluated as the procedural world is; here a small network judges the drawings."""
-    monkeypatch.setattr(evaluation, 'Reader', partial(evaluation.Reader, steps=2, B=8))
+    """Evaluated as the procedural world is; and a small network judges the drawings."""
+    monkeypatch.setattr(reader, 'Reader', partial(reader.Reader, steps=2, B=8))
     tok, umm, text, _, _ = model.load(run_there / 'model.safetensors', device)
     world = Folder(original, 16, 0, device, text)
     scores = evaluation.evaluate(umm, tok, world, 16)
-    assert scores['generation'].keys() == {'mean', 'verifier', 'ceiling', 'other'}
+    figures = reader.recognition(umm, tok, world, 16)
+    assert figures.keys() == {'mean', 'verifier', 'ceiling', 'other'}
     assert scores['segmentation']['miou']['n'] > 0
     sample.picture(umm, tok, world)
 

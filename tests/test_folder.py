@@ -17,6 +17,7 @@ import model
 import sample
 import train
 from data import UserError
+from experiments import reader
 from folder import Folder
 
 INKS = {'red': (220, 30, 30), 'blue': (30, 60, 220), 'green': (30, 180, 40)}
@@ -81,13 +82,6 @@ def root(original, tmp_path):
     """A copy that a test may spoil."""
     no_cache = shutil.ignore_patterns('.cache')
     return shutil.copytree(original, tmp_path / 'set', ignore=no_cache)
-
-
-@pytest.fixture(autouse=True)
-def short_reader(monkeypatch):
-    """The verifier of real pictures trains for a moment only: its quality has its own test."""
-    short = partial(evaluation.Reader, steps=20, B=16)
-    monkeypatch.setattr(evaluation, 'Reader', short)
 
 
 def change(root, k: int, split='train', **keys):
@@ -495,7 +489,6 @@ def test_captions_alone_are_enough(root, tmp_path):
     assert logged['posttrain'] >= {'text', 'plan', 'draw', 'seg'}
     scores = scores_of(out)
     assert scores['understanding'] == scores['blind'] == {}
-    assert scores['generation']['mean']['n'] == 8
     # what is supervised are the captions, a whole one for each picture
     world = Folder(root, 16)
     s, kinds = world.questions('test', 0, 8, 4)
@@ -522,8 +515,10 @@ def test_what_is_missing_switches_off_what_needs_it(root, gone, tmp_path, capsys
     assert f'no {gone} in' in capsys.readouterr().out
     scores = scores_of(out)
     assert bool(scores['segmentation']) == (gone != 'mask')
-    assert bool(scores['generation']) == (gone != 'caption')
     assert bool(scores['understanding']) == (gone != 'qa')
+    if gone == 'caption':
+        with pytest.raises(UserError, match='it has learned no captions'):
+            reader.main(['--run', str(out)])
 
 
 def test_without_captions_and_questions_there_is_nothing_to_learn(root):
@@ -545,22 +540,26 @@ def test_depth_maps_are_used_where_all_rows_have_one(root, tmp_path):
         assert torch.equal(found, pixels(path, mode='RGB') / 255)
 
 
-def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, capsys):
+def test_all_stages_run_resume_and_are_evaluated_again(root, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'run'
     words = command(root, out)
     train.main(words)
     assert 'a red block on the' in capsys.readouterr().out               # the command to try next
     scores = scores_of(out)
     assert scores['understanding'].keys() == {'mean', 'color', 'side'}
-    assert scores['generation'].keys() == {'mean', 'verifier', 'ceiling', 'other'}
     first = tmp_path / 'first.safetensors'
     (out / 'model.safetensors').rename(first)
     train.main([*words, '--resume'])
     assert same_bits(first, out / 'model.safetensors')
     evaluation.main(['--run', str(out), '--n', '16'])
     again = json.loads((out / 'scores_test.json').read_text())
-    for part in ('understanding', 'generation'):
+    for part in ('understanding', 'segmentation'):
         assert again[part] == scores[part]
+    # its drawings, read by a small network
+    monkeypatch.setattr(reader, 'Reader', partial(reader.Reader, steps=20, B=16))
+    reader.main(['--run', str(out)])
+    figures = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in figures] == ['mean', 'verifier', 'ceiling', 'other']
     # a map of class numbers, as large as the picture
     picture = root / 'test' / '0.png'
     path = tmp_path / 'map.png'
@@ -602,7 +601,7 @@ def test_scripts_without_spaces_are_split_by_letter(root):
     assert len(ids) == 8                                   # one for each letter and a space
     assert world.text.decode(ids) == '左边有一个方形'
     assert {'左', '右'} <= world.words()
-    read = evaluation.Reader(world, steps=1)
+    read = reader.Reader(world, steps=1)
     assert {'左', '右'} <= set(read.words)                 # what stands in all captions tells nothing
     assert not {'边', '方'} & set(read.words)
 
@@ -617,7 +616,7 @@ def test_a_word_that_occurs_once_is_no_token(root):
 def test_where_all_captions_are_alike_drawings_are_not_scored(root, tmp_path, capsys):
     change_all(root, caption='a block')
     train.main([*command(root, tmp_path / 'run'), '--until', 'pretrain'])
-    assert scores_of(tmp_path / 'run')['generation'] == {}
+    reader.main(['--run', str(tmp_path / 'run'), '--n', '4'])
     assert 'drawings cannot be scored' in capsys.readouterr().out
 
 
@@ -635,7 +634,7 @@ def test_few_pictures_do_not_make_a_collapse(root):
 def test_all_pictures_count_where_there_are_few(root, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluation, 'segmentation', lambda *how: asked.append(how[3]) or {})
-    for name in ('tokenizer', 'understanding', 'blind', 'generation', 'recognition'):
+    for name in ('tokenizer', 'understanding', 'blind', 'generation'):
         monkeypatch.setattr(evaluation, name, lambda *how: {})
     networks = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     evaluation.evaluate(*networks, Folder(root, 16))
@@ -664,7 +663,7 @@ def test_the_reader_reads_true_captions_and_not_others(root):
     world = Folder(root, 16)
     rows, r, _ = world.scenes('test', 'reading', 0, 8)
     texts = [row['caption'] for row in rows]
-    read = evaluation.Reader(world, steps=120, B=16)
+    read = reader.Reader(world, steps=120, B=16)
 
     def score(images):
         """Mean over words of the mean of both rates, as balanced_accuracy, word by word."""
@@ -678,7 +677,7 @@ def test_the_reader_reads_true_captions_and_not_others(root):
     others = r.image.roll(1, 0)
     assert score(others) < .7
     counts = read(r.image, texts).sum(0)
-    assert evaluation.balanced_accuracy(counts).item() == pytest.approx(score(r.image))
+    assert reader.balanced_accuracy(counts).item() == pytest.approx(score(r.image))
 
 
 def test_the_readme_describes_the_format():

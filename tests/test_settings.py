@@ -40,7 +40,7 @@ def test_every_setting_is_a_flag_with_its_default(capsys):
 
 @pytest.mark.parametrize('flags, message', [
     (['--proxy', 'sge'], "--proxy is 'sge': choose one of seg, instance, "),
-    (['--quantizer', 'lfq'], "--quantizer is 'lfq': choose one of vq, fsq"),
+    (['--dtype', 'half'], "--dtype is 'half': choose one of auto, float32, bfloat16"),
     (['--until', 'x'], "--until is 'x': choose one of tokenizer, pretrain, posttrain"),
     (['--preset', 'tpu'], "--preset is 'tpu': choose one of cpu, gpu, test"),
     (['--tok_steps', '0'], '--tok_steps is 0: it must be from 1 to'),
@@ -52,7 +52,7 @@ def test_every_setting_is_a_flag_with_its_default(capsys):
     (['--seed', '-1'], '--seed is -1: it must be from 0 to'),
     (['--seed', str(2**64)], '--seed is 18446744073709551616: it must be from 0 to'),
     (['--device', 'tpu'], "--device is 'tpu', but this machine has"),
-    (['--codebook', '100', '--quantizer', 'fsq'], '--codebook is 100: it must be a power of 2 for fsq'),
+    (['--codebook', '1'], '--codebook is 1: it must be from 2 to'),
 ])
 def test_impossible_settings_are_named(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)

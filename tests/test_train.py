@@ -139,7 +139,7 @@ def test_another_seed_gives_other_weights(run_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flag, value', [
-    ('--quantizer', 'fsq'),
+    ('--patch', '2'),
     ('--proxy', 'edge'),
     ('--proxy', 'none'),
 ])
