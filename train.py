@@ -86,7 +86,7 @@ class Settings(Config):
     pre_ask: int = setting(1, 'pictures with questions a step, pretraining', least=1)
     pre_draw: int = setting(32, 'pictures drawn from text a step, pretraining')
     # -- the posttrain stage: SGT's mixture, maps and questions 2:1, and drawings not to forget them
-    post_steps: int = setting(840, 'steps of the posttrain stage', least=1)
+    post_steps: int = setting(1000, 'steps of the posttrain stage', least=1)
     post_ask: int = setting(8, 'pictures with questions a step, post-training', least=1)
     post_draw: int = setting(8, 'pictures drawn a step, post-training: against forgetting')
     ratio: float = setting(2., 'pictures with maps for each one with questions, post-training')
