@@ -9,8 +9,8 @@
 #
 # All pictures and numbers are of **one run of the main job, `out/cpu`**: that is `python
 # train.py` and nothing else. `python -m experiments.tour` runs all cells and writes this notebook
-# again. The run shown had three attention heads (`--n_head 3`); with six, the default since, pictures
-# and numbers differ in detail.
+# again. The answers printed under the exercises are of an earlier run, with three attention heads
+# (`--n_head 3`): yours will differ in detail.
 
 # %%
 import json
