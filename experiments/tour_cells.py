@@ -563,7 +563,7 @@ show(tok.decode(guesses), titles, across=4, side=2.1)
 # *PSNR 25.4 [25.1, 25.6] with 512 codes, 23.5 [23.3, 23.8] with 32; mIoU of masks .945 and .894.* A
 # code of 32 says 5 bits and not 9. Where are they missed?
 #
-# **9.** Train: what is not repeated is forgotten. Post-train for 300 steps instead of 840, with and
+# **9.** Train: what is not repeated is forgotten. Post-train for 300 steps instead of 1,000, with and
 # without drawings:
 #
 #     python train.py --init out/cpu/pretrained.safetensors --post_steps 300 --out out/short
