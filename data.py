@@ -469,7 +469,8 @@ PAIRS = list(product(SHAPES, COLOURS))
 CELLS = ('top left', 'top right', 'bottom left', 'bottom right')   # in each one object at most
 NEAR = .265                    # radius of the nearest object
 FAR = .17                      # and of the farthest
-# How likely 0, 1, 2, 3, 4 objects of the theme are, where there are 1, 2, 3 or 4 objects in all
+# How likely 0, 1, 2, 3, 4 objects of the theme are, where there are 1, 2, 3 or 4 objects in all; over
+# these each is .2
 OF_THEME = {
     1: (.5, .5, 0, 0, 0),
     2: (.1, .1, .8, 0, 0),
@@ -511,7 +512,7 @@ def sample_scene(rng: random.Random) -> Scene:
     if rng.random() < .4:
         theme = rng.choice([*SHAPES, *COLOURS])
         c, = rng.choices(range(5), OF_THEME[n])
-    of_theme = [pair for pair in PAIRS if theme in pair]
+    of_theme = [pair for pair in PAIRS if theme in pair]        # without a theme none
     others = [pair for pair in PAIRS if theme not in pair]
     pairs = rng.sample(of_theme, c) + rng.sample(others, n - c)
     rng.shuffle(pairs)
@@ -578,7 +579,7 @@ def layers_of(scenes: list[Scene], device):
             what = (number, CLASSES.index(o.shape), o.x, o.y, o.radius, nearness, *COLOURS[o.colour])
             row.append((o.z, what))
         row.sort(reverse=True)
-        none = (0, 0, 0, 0, 1, 0, 0, 0, 0)
+        none = (0, 0, 0, 0, 1, 0, 0, 0, 0)                     # radius 1: nothing is divided by 0
         row = [what for _, what in row]
         rows.append(row + [none] * (len(CELLS) - len(row)))
     table = torch.tensor(rows, device=device)                                         # [B,4,9]

@@ -1,4 +1,5 @@
 """Every measurement: understanding, generation, segmentation, tokenizer, on scenes never trained on.
+(Drawings of real pictures, which no rule verifies: experiments/reader.py.)
 
     python eval.py                         evaluate out/cpu/model.safetensors again: scores_test.json
     python eval.py --run out/mine --n 1024
@@ -488,7 +489,8 @@ def report(scores: dict, path: Path):
 
 def open_run(run: Path, device, folder=None, other_data=False):
     """-> (tokenizer, umm or None where it is not trained yet, data set, settings) of a run's folder.
-    folder: where its real pictures are now; UserError if they are not those that it learned."""
+    folder: where its real pictures are now; UserError if they are not those that it learned, unless
+    other_data."""
     checkpoint = run / 'model.safetensors'
     tok, umm, text, _, meta = load(checkpoint, device)
     s = meta['settings']
@@ -501,7 +503,7 @@ def open_run(run: Path, device, folder=None, other_data=False):
         raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure '
                         'on other pictures with --other_data')
     if meta['stage'] == 'pretrain' and meta['step'] == 0:
-        umm = None
+        umm = None                                             # saved when the tokenizer was done
     return tok, umm, world, s
 
 

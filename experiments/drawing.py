@@ -74,7 +74,7 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
 
         def nats(scenes):
             """Of their plans, and of their pictures with the true plans; with the same noise."""
-            g = data.generator(world.seed, split, 'choice texture', index)
+            g = data.generator(world.seed, split, 'choice texture', index, world.device)
             codes = tok.encode(data.render(scenes, world.size, g).image)              # [B,N]
             plan, _ = nats_of(umm, world, texts, plans_of(world, scenes), codes)
             _, picture = nats_of(umm, world, texts, plans, codes)
@@ -100,7 +100,7 @@ def nats_of(umm, world, texts, plans, codes) -> tuple:
 
 @torch.no_grad()
 def likelihood(umm, tok, world, n=512, split='test') -> dict:
-    """{'nats a code', 'nats a plan token'} of n true drawings with captions of all styles."""
+    """{'nats a code', 'nats a plan token'} of about n true drawings with captions of all styles."""
     text, pixel = [], []
     for i in range(max(1, n // B)):
         s, target = world.drawings(split, i, B, drop=0, stream='likelihood')

@@ -43,7 +43,7 @@ class Reader:
         if not self.words:
             return                                             # there is nothing to tell apart
         weight = torch.tensor(weight)                                                 # [words]
-        with torch.random.fork_rng():     # whoever calls it measures only
+        with torch.random.fork_rng():     # leave the caller's random numbers as they were
             torch.manual_seed(0)
             self.train(steps, B, nn.BCEWithLogitsLoss(pos_weight=weight))
 
@@ -87,6 +87,7 @@ class Reader:
             falling.step()
         self.net.eval()
 
+    @torch.no_grad()
     def __call__(self, images, texts):
         """-> counts [n, words, (hits, true, right noes, false)] of what it reads in the pictures."""
         true = self.labels(texts) > 0                                                 # [n,words]
@@ -134,14 +135,18 @@ def main(argv=None):
     p.add_argument('--run', required=True, help='run folder of a model of real pictures')
     p.add_argument('--n', type=int, default=192, help='captions to draw (default %(default)s)')
     p.add_argument('--data', default=None, help='the folder of real pictures, if it has moved')
+    p.add_argument('--other_data', '--other-data', action='store_true',
+                   help='measure although the data differ')
     p.add_argument('--split', default='test', choices=data.SPLITS[1:], help='default %(default)s')
     a = p.parse_args(argv)
     if a.n < 2:
         raise UserError(f'--n is {a.n}: it must be 2 or more')
-    tok, umm, world, s = evaluation.open_run(Path(a.run), data.find_device(), a.data)
-    if umm is None or not world.captions:
+    device = data.find_device()
+    tok, umm, world, s = evaluation.open_run(Path(a.run), device, a.data, a.other_data)
+    if umm is None:
+        raise UserError(f'{a.run} cannot draw yet: only its tokenizer is trained')
+    if not world.captions:
         raise UserError(f'{a.run} cannot draw: it has learned no captions')
-    world.seed = 0                                             # the same captions for every run
     figures = recognition(umm, tok, world, min(a.n, world.limit(a.split)), s['cfg'], a.split)
     for name, figure in figures.items():
         print(f'{name:9} {evaluation.as_text(figure)}')
