@@ -568,19 +568,24 @@ def background(B: int, size: int, g: torch.Generator):
     return grey[:, None] + .06 * (tint - .5), X, Y                                    # [B,3,S,S]
 
 
+def noisy(image, g: torch.Generator):
+    """A picture as a camera takes it: grain on every pixel, nothing darker than 0 or brighter than 1."""
+    noise = torch.randn(image.shape, generator=g, device=g.device)
+    return (image + .015 * noise).clamp(0, 1)
+
+
 def layers_of(scenes: list[Scene], device):
     """The objects of B scenes as numbers, from the farthest to the nearest: [4, 9, B, 1, 1]. Of each
     its number in the scene, its class, x, y, radius, nearness, red, green, blue. Number 0: no object."""
+    none = (0, 0, 0, 0, 1, 0, 0, 0, 0)                         # radius 1: nothing is divided by 0
     rows = []
     for scene in scenes:
         row = []
-        for number, o in enumerate(scene.objects, 1):
+        numbered = enumerate(scene.objects, 1)
+        for number, o in sorted(numbered, key=lambda pair: pair[1].z, reverse=True):
             nearness = 1 - .75 * o.z
-            what = (number, CLASSES.index(o.shape), o.x, o.y, o.radius, nearness, *COLOURS[o.colour])
-            row.append((o.z, what))
-        row.sort(reverse=True)
-        none = (0, 0, 0, 0, 1, 0, 0, 0, 0)                     # radius 1: nothing is divided by 0
-        row = [what for _, what in row]
+            kind = CLASSES.index(o.shape)
+            row.append((number, kind, o.x, o.y, o.radius, nearness, *COLOURS[o.colour]))
         rows.append(row + [none] * (len(CELLS) - len(row)))
     table = torch.tensor(rows, device=device)                                         # [B,4,9]
     return table.permute(1, 2, 0)[..., None, None]                                    # [4,9,B,1,1]
@@ -593,23 +598,20 @@ def render(scenes: list[Scene], size: int, g: torch.Generator) -> Rendering:
     classes = torch.zeros_like(instance)
     depth = torch.zeros_like(instance)
     for layer in layers_of(scenes, g.device):
-        number, kind, x, y, radius, nearness, *rgb = layer                            # [B,1,1]
-        x = (X - x) / radius                                                          # [B,S,S]
-        y = (Y - y) / radius                                                          # [B,S,S]
+        number, kind, right, down, radius, nearness, *rgb = layer                     # [B,1,1]
+        x = (X - right) / radius                                                      # [B,S,S]
+        y = (Y - down) / radius                                                       # [B,S,S]
         distance = torch.full_like(x, 9.)
-        for k, shape in enumerate(CLASSES):
-            if k > 0:
-                here = kind.flatten() == k                                            # [B]
-                distance[here] = distance_field(shape, x[here], y[here])
+        for k, shape in enumerate(SHAPES, 1):
+            here = kind.flatten() == k                                                # [B]
+            distance[here] = distance_field(shape, x[here], y[here])
         alpha = (.5 - distance * radius * size).clamp(0, 1)                           # [B,S,S]
         image = torch.lerp(image, torch.stack(rgb, 1), alpha[:, None])
         inside = alpha >= .5
         instance = torch.where(inside, number, instance)
         classes = torch.where(inside, kind, classes)
         depth = torch.where(inside, nearness, depth)
-    noise = torch.randn(image.shape, generator=g, device=g.device)
-    image = (image + .015 * noise).clamp(0, 1)
-    return Rendering(image, classes.long(), instance.long(), depth)
+    return Rendering(noisy(image, g), classes.long(), instance.long(), depth)
 
 
 # ---- the procedural world: captions; one right order of the objects leaves less to guess per word ----

@@ -129,15 +129,14 @@ class VQTokenizer(nn.Module):
         self.quantizer = VectorQuantizer(c.codebook, c.code_dim)
         width = c.vq_width
         pixels = 3 * c.patch ** 2
-        dim = c.code_dim
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(c.patch),                                               # [B,pixels,G,G]
             nn.Conv2d(pixels, width, 3, padding=1),                                   # [B,width,G,G]
             *[ResBlock(width) for _ in range(c.vq_depth)],
-            nn.Conv2d(width, dim, 1),                                                 # [B,dim,G,G]
+            nn.Conv2d(width, c.code_dim, 1),                                          # [B,dim,G,G]
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 1),                                                 # [B,width,G,G]
+            nn.Conv2d(c.code_dim, width, 1),                                          # [B,width,G,G]
             *[ResBlock(width) for _ in range(c.vq_depth)],
             nn.Conv2d(width, pixels, 3, padding=1),                                   # [B,pixels,G,G]
             nn.PixelShuffle(c.patch),                                                 # [B,3,S,S]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from data import CELLS, COLOURS, UserError, and_between, background, generator
+from data import CELLS, COLOURS, UserError, and_between, background, generator, noisy
 
 BATCH = 500                    # grounds drawn at once
 SMALL = .85                    # the longer side of a digit as a share of a quarter's, at least
@@ -196,6 +196,4 @@ def textured(B: int, side: int, stream: str, seed: int):
     """Grounds of the procedural world, with its noise: [B, S, S, 3] in [0, 1]."""
     g = generator(seed, 'train', stream, 0)
     image, _, _ = background(B, side, g)                                              # [B,3,S,S]
-    noise = torch.randn(image.shape, generator=g)
-    image = (image + .015 * noise).clamp(0, 1)
-    return image.permute(0, 2, 3, 1).numpy()                                          # [B,S,S,3]
+    return noisy(image, g).permute(0, 2, 3, 1).numpy()                                # [B,S,S,3]

@@ -17,7 +17,6 @@ import torch.nn as nn
 
 import eval as evaluation
 from data import DataSet, UserError
-from eval import bootstrap
 from model import drawn
 
 
@@ -125,7 +124,7 @@ def recognition(umm, tok, world: DataSet, n=192, cfg=2., split='test') -> dict:
     scores = {}
     for name, x in pictures.items():
         counts = read(x, texts)                                                       # [n,words,4]
-        scores[name] = bootstrap(balanced_accuracy, counts)
+        scores[name] = evaluation.bootstrap(balanced_accuracy, counts)
     return scores
 
 
@@ -147,7 +146,8 @@ def main(argv=None):
         raise UserError(f'{a.run} cannot draw yet: only its tokenizer is trained')
     if not world.captions:
         raise UserError(f'{a.run} cannot draw: it has learned no captions')
-    figures = recognition(umm, tok, world, min(a.n, world.limit(a.split)), s['cfg'], a.split)
+    n = min(a.n, world.limit(a.split))
+    figures = recognition(umm, tok, world, n, s.get('cfg', 2.), a.split)
     for name, figure in figures.items():
         print(f'{name:9} {evaluation.as_text(figure)}')
 

@@ -121,7 +121,7 @@ CORE = [ROOT / f'{name}.py' for name in MAY_IMPORT]
 OTHERS = sorted(ROOT.glob('experiments/*.py')) + sorted(ROOT.glob('tests/*.py'))
 CORE_DENSITY = 8.          # nodes of the syntax tree on a line of code, on average; at most
 OTHERS_DENSITY = 8.5
-CORE_NODES = 19_615        # of all core files together; 16,000 are the aim
+CORE_NODES = 19_614        # of all core files together; 16,000 are the aim
 
 
 def id_of(path) -> str:

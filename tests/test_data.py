@@ -122,7 +122,7 @@ def test_render_against_naive_loop():
                     depth = 1 - .75 * o.z
                 assert r.instance[b, row, column] == number
                 assert r.classes[b, row, column] == shape
-                assert r.depth[b, row, column] == pytest.approx(depth, abs=1e-6)
+                assert r.depth[b, row, column] == torch.tensor(depth)
 
 
 # ---- maps: the supervised target of each is its own map, worked out again here ----

@@ -96,7 +96,7 @@ def test_a_drawing_appears_code_by_code(server, post):
 
 def test_an_answer_says_where_its_words_looked(server, post):
     umm, text = server.player.umm, server.player.text
-    _, scene = post('scene', seed=5)
+    _, scene = post('scene', seed=2)
     assert pixels(scene['image']).size == (server.player.size, server.player.size)
     assert scene['question'] and scene['truth']
     status, result = post('ask', image=scene['image'], text=scene['question'])
@@ -106,7 +106,7 @@ def test_an_answer_says_where_its_words_looked(server, post):
     assert result['answer'] == model.write(umm, text, s, page.LONGEST, temperature=0)[0]
     assert ' '.join(word['word'] for word in result['words']).split() == result['answer'].split()
     for word in result['words']:
-        assert 0 <= word['chance'] <= 1                    # rounded: of many tokens it may be 0
+        assert 0 < word['chance'] <= 1
         assert len(word['looked']) == umm.c.n_layer
         for layer in word['looked']:
             assert len(layer) == len(umm.rc)
