@@ -459,7 +459,8 @@ def table(scores: dict) -> str:
     """The scores as Markdown."""
     rows = [('', '[95% interval]', 'n', 'blind', 'chance')]
     for part in ('understanding', 'generation', 'segmentation', 'tokenizer'):
-        rows.append((f'**{part}**', '', '', '', ''))
+        if scores[part]:
+            rows.append((f'**{part}**', '', '', '', ''))
         for name, f in scores[part].items():
             n = '' if isinstance(f, float) else f['n']
             blindly = guess = ''

@@ -487,6 +487,9 @@ class UMM(nn.Module):
 
 
 # ---- writing and drawing, token by token ----
+TEMPERATURE = .4               # of drawings: more is more various, less is more often right
+
+
 def padded_in_front(s: Sequence) -> Sequence:
     """The same rows with their padding before the text, so that what is written follows the text."""
     order = s.turn.argsort(stable=True)                      # -1, padding, first         [B,T]
@@ -534,13 +537,12 @@ def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
     return [text.decode(row) for row in tokens.tolist()]
 
 
-def draw(umm, text: Text, prompts: list[str], generator=None, temperature=.7, top_k=64, **how):
-    """-> (codes [B, N], plans): first a plan, what is where, at temperature 1 or 0, then its picture."""
+def draw(umm, text: Text, prompts: list[str], generator=None, temperature=TEMPERATURE, top_k=64, **how):
+    """-> (codes [B, N], plans): first a plan, what is where, then its picture."""
     device = umm.row.device
-    plan_temperature = 1. if temperature > 0 else 0.
     rows = [[(prompt, None)] for prompt in prompts]
     asked = pack(text, rows, device=device)
-    plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=plan_temperature)
+    plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=temperature)
     rows = [[turn] for turn in zip(prompts, plans)]        # packed again: as training lays it out
     planned = pack(text, rows, device=device)
     codes = umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from data import MAPS, DataSet, UserError
 from folder import palette, shrunk, upright
-from model import draw, drawn, load, write
+from model import TEMPERATURE, draw, drawn, load, write
 
 TASKS = {                      # name: (what it does, the map it generates or None)
     'draw': ('draw pictures of a text', None),
@@ -141,7 +141,7 @@ FLAGS = [                      # (name, default, help); the type of the default 
 ]
 # Drawing samples, with guidance: one caption has many pictures. Answers and maps are the likeliest ones:
 # each has one right form.
-DRAWING = {'n': 4, 'cfg': 2., 'temperature': .7}
+DRAWING = {'n': 4, 'cfg': 2., 'temperature': TEMPERATURE}
 # What is outside of these is refused before anything is loaded.
 BOUNDS = {
     'n': (1, 256),

@@ -40,7 +40,7 @@ from experiments.channels import LONGER
 from experiments.restoration import RESTORATIONS
 from folder import open_world
 
-RECIPE = 8      # counts changes of model or training after which old arms must not be mixed in
+RECIPE = 9      # counts changes of model or training after which old arms must not be mixed in
 ROOT = Path(__file__).resolve().parent.parent
 
 

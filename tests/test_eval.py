@@ -212,3 +212,14 @@ def test_blind_baseline_is_at_chance():
     scores = evaluation.blind(World(16), n=1024)
     for kind, chance in data.CHANCE.items():
         assert scores[kind]['value'] < chance + .08, kind
+
+
+def test_the_table_has_no_heading_without_figures():
+    half = evaluation.share(1, 2)
+    scores = {part: {} for part in ('understanding', 'chance', 'blind', 'generation', 'segmentation')}
+    scores['tokenizer'] = {'used': half}
+    table = evaluation.table(scores)
+    assert '**tokenizer**' in table
+    assert 'generation' not in table
+    scores['generation'] = {'mean': half}
+    assert '**generation**' in evaluation.table(scores)

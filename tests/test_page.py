@@ -74,7 +74,7 @@ def test_the_page_is_one_file_that_loads_nothing(server):
 
 def test_a_drawing_appears_code_by_code(server, post):
     umm, size = server.player.umm, server.player.size
-    asked = {'text': 'a red circle', 'seed': 3, 'cfg': 2.0, 'temperature': 0.7}
+    asked = {'text': 'a red circle', 'seed': 3, 'cfg': 2.0, 'temperature': 0.4}
     status, result = post('draw', **asked)
     assert status == 200
     N = len(umm.rc)
