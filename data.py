@@ -639,6 +639,10 @@ def caption(objects: list[Object], style: str, rng: random.Random):
     if style == 'place':
         places = [f'{CELLS[o.cell]} a {o.name}' for o in objects]
         return ', '.join(places)
+    if style == 'list':
+        return and_between([f'a {o.name}' for o in objects])
+    if style == 'bare' and len(objects) <= 2:
+        return and_between([f'a {o.shape}' for o in objects])
     if style == 'relation' and len(objects) == 2:
         a, b = rng.sample(objects, 2)
         where = relation(a, b)
@@ -648,11 +652,7 @@ def caption(objects: list[Object], style: str, rng: random.Random):
         shapes = {o.shape for o in objects}
         if len(shapes) == 1:
             return f'{NUMBERS[len(objects)]} {PLURAL[shapes.pop()]}'
-    if style == 'list':
-        return and_between([f'a {o.name}' for o in objects])
-    if style == 'bare' and len(objects) <= 2:
-        return and_between([f'a {o.shape}' for o in objects])
-    return None
+    return None                                            # the style does not fit
 
 
 def and_between(names: list[str]) -> str:
@@ -675,8 +675,8 @@ def one_either_way(found: list, rng):
     if not found:
         return None
     words, answer = rng.choice(found)
-    *first, a, b = words
-    return first + rng.sample([a, b], 2), answer
+    *first, right, wrong = words
+    return first + rng.sample([right, wrong], 2), answer
 
 
 def times(scene: Scene, word: str) -> int:
@@ -814,9 +814,11 @@ QUESTIONS = {
 CHANCE = {kind: q.chance for kind, q in QUESTIONS.items() if q.chance}
 VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
-KINDS = VISUAL * 2 + REASON    # what training asks, and how often; then, once shapes are known:
+# What training asks, a type as often as it stands there: at first, once shapes are known, and once
+# things are found by their names.
+KINDS = VISUAL * 2 + REASON
 FINDING = VISUAL + REASON + ('where', 'exist') * 7 + ('relation',) * 2 + ('distance',)
-RELATING = KINDS + ('relation', 'distance', 'depth') * 5       # and once things are found by name
+RELATING = KINDS + ('relation', 'distance', 'depth') * 5
 
 
 class World(DataSet):
