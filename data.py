@@ -83,19 +83,23 @@ def written_whole(path):
         raise
 
 
+def keep_memory():
+    """glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
+    and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):      # there is no glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
 def find_device(name='auto') -> torch.device:
     """The one place where it is chosen; auto: cuda where there is one, else cpu."""
+    keep_memory()                                              # every program comes by here
     there = [d for d in ('cuda', 'cpu', 'mps') if getattr(torch, d).is_available()]
     if name == 'auto':
         name = there[0]
     if name not in there:
         raise UserError(f"--device is {name!r}, but this machine has {', '.join(there)}")
-    # glibc hands large buffers back to the system and gets them again, zeroed: with M_MMAP_MAX (-4) = 0
-    # and no M_TRIM_THRESHOLD (-1) it keeps them, and a step is 1.3 times faster.
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
     return torch.device(name)
 
 
@@ -114,8 +118,8 @@ def python_random(seed: int, split: str, stream: str, index: int) -> random.Rand
 
 
 # ---- pictures and their annotations ----
-# The one statement of the segmentation palette: row = class. Corners of the RGB cube are as far apart as
-# six colours can be, and the map from class to colour is fixed, so there is a single right answer.
+# The one statement of the segmentation palette: row = class. Corners of the RGB cube are far apart and
+# easy to name; the map from class to colour is fixed, so there is a single right answer.
 PALETTE = torch.tensor([
     (0, 0, 0),                 # background: black
     (255, 0, 0),
@@ -351,13 +355,12 @@ class DataSet:
     stream, index, B). The procedural world below and folder.py's are two; to bring your own, set what
     you have and define scenes(), corpus(), and ask() or describe()."""
     kinds: tuple = ()                # types of question that are measured
-    mixes: tuple = ((), (), ())      # what parts 0, 1, 2 of training ask, a type as often as it stands
-                                     # there; empty: as part 0, and there: kinds
+    mixes: dict = {}                 # part of training ('first', 'finding', 'relating'): what it asks,
+                                     # a type as often as it stands there; where none stands: kinds
     annotated: tuple = ()            # those of 'classes', 'instance', 'depth' that its Rendering holds
     captions = False                 # does describe() know the style 'list'?
     palette = PALETTE                # colours of the classes
     exact = False                    # objects are data.Object: drawings can be verified by rule
-    chance: dict = {}                # accuracy of guessing by type of question, where it is known
     example = 'a picture'            # a caption, to show what can be asked for
     names: list = []                 # of the classes
     checksum = 0                     # of the data, to notice that they have changed
@@ -420,7 +423,7 @@ class DataSet:
         scenes, r, rng = self.scenes(split, stream, index, B)
         rows, asked = [], []
         for scene in scenes:
-            turns = self.turns(scene, Q, rng, kinds or self.mixes[0] or self.kinds)
+            turns = self.turns(scene, Q, rng, kinds or self.mixes.get('first') or self.kinds)
             if captions:
                 style = rng.choice(captions)
                 ask = rng.choice(ASK_FOR_CAPTION[style])
@@ -723,8 +726,11 @@ def ask_exist(scene, rng):
     shapes = {o.shape for o in scene.objects}
     colours = {o.colour for o in scene.objects}
     both = all_names(colours, shapes)
-    half = all_names(colours, SHAPES) | all_names(COLOURS, shapes)     # one of both is there, or both
-    return [rng.choice(sorted(both - there or half - both))], 'no'
+    wrong = both - there
+    if not wrong:                                          # then one of the two is there
+        one = all_names(colours, SHAPES) | all_names(COLOURS, shapes)
+        wrong = one - both
+    return [rng.choice(sorted(wrong))], 'no'
 
 
 def ask_relation(scene, rng):
@@ -791,29 +797,27 @@ class Question(NamedTuple):
     """All that the project knows of one type of question."""
     ask: Callable              # (Scene, rng) -> (words to fill in, answer) or None
     words: tuple               # ways to ask it
-    chance: float | None       # accuracy of guessing; None: the picture is not needed
 
 
 QUESTIONS = {
-    'count': Question(ask_count, ('how many {} are there?', 'count the {}.'), 1 / 4),
-    'colour': Question(ask_colour, ('what color is the {}?', 'name the color of the {}.'), 1 / 6),
-    'shape': Question(ask_shape, ('what shape is the {} object?', 'name the {} shape.'), 1 / 5),
-    'exist': Question(ask_exist, ('is there a {}?', 'do you see a {}?'), 1 / 2),
+    'count': Question(ask_count, ('how many {} are there?', 'count the {}.')),
+    'colour': Question(ask_colour, ('what color is the {}?', 'name the color of the {}.')),
+    'shape': Question(ask_shape, ('what shape is the {} object?', 'name the {} shape.')),
+    'exist': Question(ask_exist, ('is there a {}?', 'do you see a {}?')),
     'relation': Question(ask_relation, ('where is the {} relative to the {}?',
-                                        'on which side is the {} of the {}?'), 1 / 4),
+                                        'on which side is the {} of the {}?')),
     'depth': Question(ask_depth, ('which is closer, the {} or the {}?',
-                                  'what is nearer to you, the {} or the {}?'), 1 / 2),
+                                  'what is nearer to you, the {} or the {}?')),
     'distance': Question(ask_distance, ('which is nearest to the {}, the {} or the {}?',
-                                        'what is next to the {}, the {} or the {}?'), 1 / 2),
-    'where': Question(ask_where, ('where is the {}?', 'find the {}.'), 1 / 4),
-    'size': Question(ask_size, ('is the {} small or large?', 'how large is the {}?'), 1 / 2),
-    'what': Question(ask_what, ('what is at the {}?', 'name the object at the {}.'), 1 / 30),
-    'sum': Question(ask_sum, ('what is {} plus {}?', 'add {} and {}.'), None),
-    'more': Question(ask_more, ('which is more, {} or {}?', 'what is larger, {} or {}?'), None),
+                                        'what is next to the {}, the {} or the {}?')),
+    'where': Question(ask_where, ('where is the {}?', 'find the {}.')),
+    'size': Question(ask_size, ('is the {} small or large?', 'how large is the {}?')),
+    'what': Question(ask_what, ('what is at the {}?', 'name the object at the {}.')),
+    'sum': Question(ask_sum, ('what is {} plus {}?', 'add {} and {}.')),
+    'more': Question(ask_more, ('which is more, {} or {}?', 'what is larger, {} or {}?')),
 }
-CHANCE = {kind: q.chance for kind, q in QUESTIONS.items() if q.chance}
-VISUAL = tuple(CHANCE)         # types of question that need the picture
 REASON = ('sum', 'more')       # text-only control: no visual supervision should move these
+VISUAL = tuple(kind for kind in QUESTIONS if kind not in REASON)
 # What training asks, a type as often as it stands there: at first, once shapes are known, and once
 # things are found by their names.
 KINDS = VISUAL * 2 + REASON
@@ -824,12 +828,11 @@ RELATING = KINDS + ('relation', 'distance', 'depth') * 5
 class World(DataSet):
     """Endless batches from the procedural world."""
     kinds = VISUAL
-    mixes = (KINDS, FINDING, RELATING)
+    mixes = {'first': KINDS, 'finding': FINDING, 'relating': RELATING}
     annotated = ('classes', 'instance', 'depth')
     names = list(CLASSES)
     captions = True
     exact = True
-    chance = {**CHANCE, 'mean': sum(CHANCE.values()) / len(CHANCE)}
     example = 'a red circle left of a blue square'
 
     def scenes(self, split, stream, index, B, pixels=True):

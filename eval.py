@@ -4,8 +4,8 @@
     python eval.py                         evaluate out/cpu/model.safetensors again: scores_test.json
     python eval.py --run out/mine --n 1024
 
-Each figure is {value, low, high, n}, with a 95% interval; perplexity and chance are plain numbers. Test
-scenes are the same for every run with the same --n.
+Each figure is {value, low, high, n}, with a 95% interval; perplexity is a plain number. Test scenes
+are the same for every run with the same --n.
 """
 import argparse
 import copy
@@ -82,8 +82,8 @@ def bootstrap(score, tables) -> dict:
 
 
 # ---- understanding ----
-# Beside every accuracy stand two others: chance, of guessing among the possible answers, and the blind
-# baseline, of the best guess from the words of the question. A model has to beat both to have looked.
+# Beside every accuracy stands that of the best guess from the words of the question, the blind baseline.
+# A model has to beat it to have looked.
 @torch.no_grad()
 def understanding(umm, tok, world: DataSet, n=512, split='test', B=64, Q=16) -> dict:
     """Accuracy by type over n pictures (or more, to fill B) with Q questions each; whole answers count.
@@ -335,23 +335,25 @@ def prompts(world: DataSet, category: str, n: int, split='test'):
     return texts, wanted, torch.stack(images)
 
 
+def passed(pictures, category: str, wanted) -> dict:
+    """Share of the pictures [n, 3, S, S] that show what is wanted of each."""
+    found = detect(pictures)
+    good = [satisfied(asked, category, seen) for asked, seen in zip(wanted, found)]
+    return share(sum(good), len(good))
+
+
 def generation(umm, tok, world: DataSet, n=64, cfg=2., split='test') -> dict:
     """Share of n prompts per category whose picture passes; `verifier`: of true pictures; `ceiling`: of
     these after the tokenizer's round trip."""
     right, verifier, ceiling = {}, [], []
-
-    def passed(pictures):
-        found = detect(pictures)
-        good = [satisfied(asked, category, seen) for asked, seen in zip(wanted, found)]
-        return share(sum(good), n)
-
     for category in CATEGORIES:
         texts, wanted, images = prompts(world, category, n, split)
         # its own seed: a category's drawings do not depend on the lengths of plans in the others
-        right[category] = passed(drawn(umm, tok, world.text, texts, 0, cfg))
-        verifier.append(passed(images))
+        drawings = drawn(umm, tok, world.text, texts, 0, cfg)                         # [n,3,S,S]
         codes = tok.encode(images)
-        ceiling.append(passed(tok.decode(codes)))
+        right[category] = passed(drawings, category, wanted)
+        verifier.append(passed(images, category, wanted))
+        ceiling.append(passed(tok.decode(codes), category, wanted))
     scores = {'mean': mean_of(right.values()), **right}
     scores['verifier'] = mean_of(verifier)
     scores['ceiling'] = mean_of(ceiling)
@@ -368,13 +370,14 @@ def miou(pred, true, k=len(data.CLASSES)) -> dict:
     tables = []
     for p, t in zip(pred, true):                                                      # [S,S]
         p, t = p[t != 255], t[t != 255]                                               # [known]
-        counts = [x.bincount(minlength=k) for x in (t[t == p], t, p)]
+        right = t[t == p]
+        counts = [x.bincount(minlength=k) for x in (right, t, p)]
         tables.append(torch.stack(counts))                                            # [3,k]
 
     def score(counts):
         """[(right, true, predicted), classes] -> mIoU."""
-        right, *either = counts                                                       # [k]
-        union = sum(either) - right                                                   # [k]
+        right, true, predicted = counts                                               # [k]
+        union = true + predicted - right                                              # [k]
         return (right / union).nanmean()                       # of the classes that occur
 
     return bootstrap(score, torch.stack(tables).cpu().double())
@@ -411,7 +414,8 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
         if name == 'seg':
             read = classes_of(y, r.palette)
             scores['mask_ceiling'] = miou(read, r.classes, len(r.palette))
-    most = min(K, int(count.sum()) // 4)                       # few tokens, mostly of ground, show few
+    # few pictures cannot show all codes: one is expected for every four tokens
+    most = min(K, int(count.sum()) // 4)
     used = min(most, int(count.count_nonzero()))
     scores['used'] = share(used, most)
     p = count / count.sum()                                                           # [K]
@@ -421,14 +425,14 @@ def tokenizer(tok, world: DataSet, n=512, split='test') -> dict:
 
 
 # ---- everything at once ----
-def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
+def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test', proxy='seg') -> dict:
     """All measurements, nested; n pictures for understanding, fewer for what takes longer. umm None:
-    only the tokenizer is trained yet."""
+    only the tokenizer is trained yet. proxy: the map that was taught."""
     tok.eval()                                                 # its codebook must not move
     world = copy.copy(world)
     world.seed = 0                                             # the same scenes for every run
     n = min(n, world.limit(split))
-    scores = {'understanding': {}, 'chance': {}, 'blind': {}, 'generation': {}, 'segmentation': {},
+    scores = {'understanding': {}, 'blind': {}, 'generation': {}, 'segmentation': {},
               'tokenizer': tokenizer(tok, world, n, split)}
     if umm is None:
         return scores
@@ -436,11 +440,10 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test') -> dict:
     if world.kinds:
         scores['understanding'] = understanding(umm, tok, world, n, split)
         scores['blind'] = blind(world, n, split)
-        scores['chance'] = world.chance
     if world.exact:
         each = max(2, n // 8)                                  # prompts a category
         scores['generation'] = generation(umm, tok, world, each, cfg, split)
-    if 'seg' in world.maps:
+    if proxy == 'seg' and proxy in world.maps:
         scores['segmentation'] = segmentation(umm, tok, world, pictures, split)
     return scores
 
@@ -457,21 +460,18 @@ def as_text(f) -> str:
 
 def table(scores: dict) -> str:
     """The scores as Markdown."""
-    rows = [('', '[95% interval]', 'n', 'blind', 'chance')]
+    rows = [('', '[95% interval]', 'n', 'blind')]
     for part in ('understanding', 'generation', 'segmentation', 'tokenizer'):
         if scores[part]:
-            rows.append((f'**{part}**', '', '', '', ''))
+            rows.append((f'**{part}**', '', '', ''))
         for name, f in scores[part].items():
             n = '' if isinstance(f, float) else f['n']
-            blindly = guess = ''
-            if part == 'understanding':
-                if name in scores['blind']:
-                    blindly = as_text(scores['blind'][name])[:5]
-                if name in scores['chance']:
-                    guess = as_text(scores['chance'][name])
-            rows.append((name, as_text(f), n, blindly, guess))
-    lines = ['| {:17} | {:23} | {:5} | {:5} | {:6} |'.format(*row) for row in rows]
-    lines.insert(1, '|---|---|---|---|---|')
+            blindly = ''
+            if part == 'understanding' and name in scores['blind']:
+                blindly = as_text(scores['blind'][name])[:5]   # without its interval
+            rows.append((name, as_text(f), n, blindly))
+    lines = ['| {:17} | {:23} | {:5} | {:5} |'.format(*row) for row in rows]
+    lines.insert(1, '|---|---|---|---|')
     return '\n'.join(lines)
 
 
@@ -503,8 +503,10 @@ def open_run(run: Path, device, folder=None, other_data=False):
     if world.checksum != meta['checksum'] and not other_data:
         raise UserError(f'{folder} is not what {run} learned, or it has changed: restore it, or measure '
                         'on other pictures with --other_data')
-    if meta['stage'] == 'pretrain' and meta['step'] == 0:
-        umm = None                                             # saved when the tokenizer was done
+    if meta['trained'] == 'tokenizer':
+        umm = None
+    if meta['trained'] != 'posttrain':
+        s['proxy'] = 'none'                                    # no map was taught yet
     return tok, umm, world, s
 
 
@@ -525,7 +527,8 @@ def main(argv=None):
     device = data.find_device(a.device)
     tok, umm, world, s = open_run(run, device, a.data, a.other_data)
     cfg = s.get('cfg', 2.)
-    scores = evaluate(umm, tok, world, a.n, cfg, a.split)
+    proxy = s.get('proxy')
+    scores = evaluate(umm, tok, world, a.n, cfg, a.split, proxy)
     report(scores, run / f'scores_{a.split}.json')
 
 

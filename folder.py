@@ -338,15 +338,13 @@ class Folder(DataSet):
 
     def fits(self, row: dict) -> bool:
         """Are its texts short enough?"""
-        # a position for each token, and no more, was given to the model
-        # (what is read, what is written, tokens that follow)
-        texts = [(question, answer, 0) for _, (question, answer) in row['qa']]
-        texts.append((row['caption'], row['plan'], MAX_PLAN))
-        for a, b, more in texts:
-            room = MAX_TEXT - 12 - more
-            n = len(self.text.encode(a)) + len(self.text.encode(b))
-            if n > room:
-                self.refuse(row['at'], f'{n} tokens, at most {room}: shorten {a[:40]!r}')
+        room = MAX_TEXT - 12
+        texts = [(f'{question} {answer}', room) for _, (question, answer) in row['qa']]
+        texts += [(row['caption'], room - MAX_PLAN), (row['plan'], MAX_PLAN)]
+        for text, most in texts:
+            n = len(self.text.encode(text))
+            if n > most:
+                self.refuse(row['at'], f'{n} tokens, at most {most}: shorten {text[:40]!r}')
                 return False
         return True
 

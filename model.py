@@ -55,7 +55,7 @@ class Config:
 
 # ---- VQ tokenizer ----
 DECAY = .98                    # of the moving averages, a step
-DEAD = .03                     # a code that is used less often than that a batch begins anew
+DEAD = .03                     # a code that a batch uses less often than that, on average, is replaced
 
 
 class VectorQuantizer(nn.Module):
@@ -215,6 +215,7 @@ def attention(q, k, v, mask):
     return torch.softmax(scores, dim=-1) @ v
 
 
+# A block takes either of two stores: KV to train, Cache to generate.
 class KV:
     """Keys and values of one layer: those of the picture, then those of text and codes."""
 
@@ -314,7 +315,7 @@ class UMM(nn.Module):
         nn.init.zeros_(self.text_head.weight)                # the first loss is exactly ln V
         nn.init.zeros_(self.pixel_head.weight)               # ln K
         D = C // c.n_head
-        positions = c.grid + 2 * MAX_TEXT
+        positions = c.grid + 2 * MAX_TEXT                    # padding and what is written count too
         rotations = rope_table(positions, D // 2)                                     # [positions,D/4]
         self.register_buffer('rotations', torch.view_as_real(rotations), persistent=False)
         place = torch.arange(c.grid)
@@ -422,10 +423,10 @@ class UMM(nn.Module):
         seen = see.sum(-1)                                                            # [B,new]
         at = self.c.grid - 1 + seen
         at = torch.stack([at, at], -1)                                                # [B,new,2]
-        codes = turn.shape[1] - T
-        if codes > 0:                                        # a code stands where its source stands
+        n_codes = turn.shape[1] - T
+        if n_codes > 0:                                      # a code stands where its source stands
             start = max(0, done - T)                         # first new code
-            at[:, start - codes:] = self.rc[start:codes]
+            at[:, start - n_codes:] = self.rc[start:n_codes]
         return see, at
 
     def forward(self, s: Sequence, hide=0.):
@@ -445,7 +446,7 @@ class UMM(nn.Module):
             pixel = F.cross_entropy(logits.float(), s.codes.flatten())
         return text, pixel
 
-    def generate(self, s: Sequence, first=None, stop=-1, length=32, cfg=1., temperature=1., top_k=0,
+    def generate(self, s: Sequence, first=None, stop=-1, length=32, cfg=1., temperature=1.,
                  generator=None):
         """Continue [picture][text], one turn per row, token by token with a KV cache.
 
@@ -476,7 +477,7 @@ class UMM(nn.Module):
                 if cfg != 1:
                     c, u = logits.chunk(2)
                     logits = u + cfg * (c - u)                                        # [B,K or V]
-                token = pick(logits, temperature, top_k, generator)                   # [B]
+                token = pick(logits, temperature, generator)                          # [B]
                 tokens.append(token)
                 ended = ended | (token == stop)
                 if ended.all():
@@ -499,7 +500,7 @@ def padded_in_front(s: Sequence) -> Sequence:
 
 
 def with_and_without_text(s: Sequence) -> Sequence:
-    """Twice as many rows: in the second half nobody sees the text. For guidance."""
+    """Twice as many rows: in the second half what is generated does not see the text. For guidance."""
     unseen = torch.full_like(s.turn, -1)
     turn = torch.cat([s.turn, unseen])                                                # [2B,T]
     image = s.image
@@ -518,17 +519,13 @@ def continued(s: Sequence, token) -> Sequence:
     return replace(s, text=text, turn=turn)
 
 
-def pick(logits, temperature: float, top_k: int, generator=None):
-    """Sample one token per row of logits [B, K]; temperature 0 (< 1e-4): the likeliest; top_k 0: all."""
+def pick(logits, temperature: float, generator=None):
+    """Sample one token per row of logits [B, K]; temperature 0 (< 1e-4): the likeliest."""
     if temperature < 1e-4:
         return logits.argmax(-1)
-    K = logits.shape[-1]
-    tokens = torch.arange(K, device=logits.device).expand_as(logits)                  # [B,K]
-    if 0 < top_k < K:
-        logits, tokens = logits.topk(top_k)                                           # [B,top_k]
-    chances = (logits / temperature).softmax(-1)                                      # [B,top_k or K]
-    choice = torch.multinomial(chances, 1, generator=generator)                       # [B,1]
-    return tokens.gather(1, choice)[:, 0]                                             # [B]
+    chances = (logits / temperature).softmax(-1)                                      # [B,K]
+    tokens = torch.multinomial(chances, 1, generator=generator)                       # [B,1]
+    return tokens[:, 0]
 
 
 def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
@@ -537,15 +534,16 @@ def write(umm, text: Text, s: Sequence, length=40, **how) -> list[str]:
     return [text.decode(row) for row in tokens.tolist()]
 
 
-def draw(umm, text: Text, prompts: list[str], generator=None, temperature=TEMPERATURE, top_k=64, **how):
+def draw(umm, text: Text, prompts: list[str], generator=None, temperature=TEMPERATURE, cfg=1.):
     """-> (codes [B, N], plans): first a plan, what is where, then its picture."""
     device = umm.row.device
+    how = dict(temperature=temperature, generator=generator)
     rows = [[(prompt, None)] for prompt in prompts]
     asked = pack(text, rows, device=device)
-    plans = write(umm, text, asked, MAX_PLAN, generator=generator, temperature=temperature)
+    plans = write(umm, text, asked, MAX_PLAN, **how)
     rows = [[turn] for turn in zip(prompts, plans)]        # packed again: as training lays it out
     planned = pack(text, rows, device=device)
-    codes = umm.generate(planned, generator=generator, temperature=temperature, top_k=top_k, **how)
+    codes = umm.generate(planned, cfg=cfg, **how)                                     # [B,N]
     return codes, plans
 
 
@@ -593,8 +591,13 @@ def check_config(c: Config):
             raise ValueError(f'{name} is {value}: it must be a multiple of {unit}')
 
 
+# A checkpoint says which stage comes next, or goes on; the one before it is done.
+BEFORE = {'tokenizer': '', 'pretrain': 'tokenizer', 'posttrain': 'pretrain', 'done': 'posttrain'}
+
+
 def read_checkpoint(path):
-    """-> (config, text, tensors, meta) of a file; what is no checkpoint raises one of many errors."""
+    """-> (config, text, tensors, meta) of a file; what is no checkpoint raises one of many errors.
+    meta['trained']: the last stage in which the model learned something."""
     with safe_open(path, 'pt') as f:
         meta = json.loads(f.metadata()['nanoumm'])
         tensors = {k: f.get_tensor(k).clone() for k in f.keys()}         # not a view of the file
@@ -602,6 +605,8 @@ def read_checkpoint(path):
     for key, kind in kinds.items():
         if type(meta[key]) is not kind:
             raise TypeError(f'{key} is {meta[key]!r:.40}')
+    before = BEFORE[meta['stage']]
+    meta['trained'] = meta['stage'] if meta['step'] > 0 else before
     c = Config(**meta['config'])
     check_config(c)
     tokens = [bytes.fromhex(t) for t in meta['text']]

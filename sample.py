@@ -104,8 +104,9 @@ def answers_to(umm, world: DataSet, scenes, image, rng) -> list[str]:
     return notes
 
 
-def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
-    """What the model can do, on validation scenes, row by row, as far as the data set knows it:
+def picture(umm, tok, world: DataSet, cfg=2., proxy='seg', n=8) -> Image.Image:
+    """What the model can do, on validation scenes, row by row, as far as the data set knows it; proxy:
+    the map that it was taught:
 
     drawings of the texts below them; input pictures; the maps that the model generated; the true maps,
     and a question about each picture with the model's answer. Wrong answers have the true one behind."""
@@ -118,8 +119,8 @@ def picture(umm, tok, world: DataSet, cfg=2., n=8) -> Image.Image:
         notes.append(texts)
     rows.append(r.image)
     notes.append([])
-    if 'seg' in world.maps:
-        s, target, _ = world.maps_to_draw('val', 0, n, 'seg', stream='samples')
+    if proxy in world.maps:
+        s, target, _ = world.maps_to_draw('val', 0, n, proxy, stream='samples')
         rows.append(tok.decode(umm.generate(s, temperature=0)))
         rows.append(target)
         notes += [[], []]
@@ -134,7 +135,6 @@ FLAGS = [                      # (name, default, help); the type of the default 
     ('seed', 0, 'of the sampling'),
     ('cfg', 1., 'classifier-free guidance scale, 1 = off'),
     ('temperature', 0., '0 = greedy'),
-    ('top_k', 64, 'sample from that many likeliest tokens, 0 = all'),
     ('out', '', 'PNG to write, where the answer is a picture'),
     ('checkpoint', '', 'model.safetensors of a run; empty: the newest under out/'),
     ('device', 'auto', 'cpu, cuda, mps, or auto: cuda where there is one, else cpu'),
@@ -148,7 +148,6 @@ BOUNDS = {
     'seed': (0, 2**62),
     'temperature': (0, 100),
     'cfg': (0, 100),
-    'top_k': (0, 2**18),
 }
 
 
@@ -239,14 +238,17 @@ def main(argv=None):
     tok, umm, text, _, meta = load(checkpoint, device)
     if a.task == 'segment' and not meta['classes']:
         raise UserError(f'{checkpoint} knows no classes: it was trained without masks')
+    if a.task != 'reconstruct' and meta['trained'] in ('', 'tokenizer'):
+        raise UserError(f'{checkpoint} can only reconstruct yet: train.py --resume goes on')
     _, name = TASKS[a.task]                                    # the map it generates, or None
-    if name and name != meta['settings'].get('proxy'):
+    taught = meta['settings'].get('proxy')
+    if name and (name != taught or meta['trained'] != 'posttrain'):
         print(f'warning: {checkpoint} did not learn this map (train.py --proxy {name}): expect noise')
     prompt = prompt_of(a, text, meta['words'])
     prompts = [prompt for _ in range(a.n)]                     # each sample is a row of the batch
     # the same seed gives the same result on the same machine
     g = torch.Generator(device).manual_seed(a.seed)
-    how = dict(cfg=a.cfg, temperature=a.temperature, top_k=a.top_k, generator=g)
+    how = dict(cfg=a.cfg, temperature=a.temperature, generator=g)
     if a.task == 'draw':
         codes, plans = draw(umm, text, prompts, **how)                                # [n,N]
         for plan in plans:                                     # what it means to draw

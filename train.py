@@ -103,7 +103,7 @@ class Settings(Config):
     w_text: float = setting(1., 'weight of the mean loss of answers about pictures, post-training')
     w_draw: float = setting(.4, 'weight of the mean loss of drawings, post-training; of plans: 1')
     w_proxy: float = setting(.6, 'weight of the mean loss of maps')
-    # -- how maps and drawings are taught
+    # -- how maps are taught
     hide: float = setting(.75, 'share of maps written without sight of their earlier codes', most=1)
     # -- measuring and saving
     cfg: float = setting(2., 'guidance scale in the evaluation')
@@ -294,38 +294,6 @@ def average_gradients(model, stop: bool) -> bool:
     return bool(told > 0)
 
 
-# ---- what an experiment may change about the maps, to find out what it is that they teach ----
-def generated(run, index: int, seq, target, r):
-    """The loss of maps as they are taught here: their codes, written after picture and instruction.
-
-    Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1).
-    index: of the batch; seq, target [B, 3, S, S], r: as DataSet.maps_to_draw gives them."""
-    _, loss = losses_of(run, seq, target, run.s.hide)
-    return loss
-
-
-FIND_STEPS = 1700              # so long the later part asks mostly to find things, then to relate them
-
-
-def mixed(s: Settings, step: int):
-    """-> (share of the questions' pictures, share of the maps, part of training: which of DataSet.mixes
-    is asked, 0, 1 or 2)"""
-    late = step - s.late_from * s.post_steps                   # steps of the later part so far
-    part = 0
-    if late >= 0:
-        part = 1
-    if late >= FIND_STEPS:
-        part = 2
-    return 1, 1, part
-
-
-@dataclass
-class Control:
-    """Training itself changes nothing; experiments set run.control to one of their own."""
-    map_loss: Callable = generated                     # what is taught about pictures with maps
-    shares: Callable = mixed                           # (settings, step) -> how much of what
-
-
 # ---- a run: its folder, log and checkpoint ----
 # state.safetensors holds all that a run needs to go on: both networks, the optimizers, the settings, the
 # stage and step, the text tokens and the length of the log. No random generator: what is drawn in a step
@@ -374,9 +342,11 @@ class Run:
         if not s.resume:
             state.unlink(missing_ok=True)
             model.unlink(missing_ok=True)
+            for name in WRITTEN:               # nothing of an older run stays, but what this begins from
+                path = self.dir / name
+                if path.resolve() != Path(s.init).resolve():
+                    path.unlink(missing_ok=True)
         if not s.resume and not s.init:
-            for name in WRITTEN:                               # nothing of an older run stays beside it
-                (self.dir / name).unlink(missing_ok=True)
             c = Config(**{f.name: getattr(s, f.name) for f in fields(Config)})
             torch.manual_seed(s.seed)
             self.tok = VQTokenizer(c).to(device)
@@ -488,7 +458,8 @@ def seconds_a_step(run: Run, dtype: str, threads: int) -> float:
     torch.set_num_threads(threads)
     run.tok.eval()                                             # its codebook must not move
     begin = time.perf_counter()
-    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), part=1)
+    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run),
+                        part='finding')
     losses['loss'].backward()
     run.umm.source.grad.sum().item()                           # a GPU is waited for
     run.umm.zero_grad()
@@ -531,8 +502,8 @@ def settle(run: Run):
 
 
 # ---- the loop ----
-BUSY = ('as long as before: is the machine busy? One thread suffers least: stop and --resume '
-        '--threads 1 (other last bits)')
+BUSY = ('warning: {} {}: steps take {:.1f} times as long as before: is the machine busy? One thread '
+        'suffers least: stop and --resume --threads 1 (other last bits)')
 CLIP = 1.                      # largest norm of the gradient
 WARMUP = .02                   # share of a stage in which the learning rate rises
 COOLDOWN = {'tokenizer': .4, 'pretrain': .1, 'posttrain': .4}          # share in which it falls
@@ -551,7 +522,8 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
     opts = optimizers(model.train(), lr, s.muon_lr)
     if run.step > 0:                                           # resumed in the middle of this stage
         run.restore(opts)
-    spent, usual, warned, begin = [], math.inf, False, time.time()         # seconds a step; busy?
+    begin, spent = time.time(), []                             # seconds of each step
+    usual, warned = math.inf, False                            # is the machine busier than before?
     quiet = RANK > 0 or 'TQDM_DISABLE' in os.environ           # no bar, but all messages
     bar = tqdm(range(run.step, steps), stage, initial=run.step, total=steps, smoothing=.05,
                dynamic_ncols=True, disable=quiet)
@@ -584,7 +556,7 @@ def loop(run: Run, stage: str, model, loss_of, steps: int, lr: float, pictures: 
                     seconds=time.time() - begin, pictures_per_second=pictures / seconds)
             # something else uses the machine; late questions alone do not take twice as long
             if seconds > 2 * usual and not warned:
-                tqdm.write(f'warning: {stage} {done}: steps take {seconds / usual:.1f} times {BUSY}')
+                tqdm.write(BUSY.format(stage, done, seconds / usual))
                 warned = True
             usual = min(usual, seconds)                        # the first steps warm up
         if RANK == 0 and (done % s.sample_every == 0 or done == steps):
@@ -645,9 +617,9 @@ def train_tokenizer(run: Run):
         most = B * 3 // 4
         drawn = [MAPS[name].draw(r) for name in kinds]         # each [B,3,S,S]; seg first, if known
         parts = [r.image[:first_half], drawn[0][first_half:most]]
-        before = my_index(step) * (B - most)                   # maps in all batches so far
-        for i, maps in enumerate(drawn):                       # by turns, over the batches
-            first = (i - before) % len(kinds)
+        before = my_index(step) * (B - most)                   # such maps in all batches so far
+        for i, maps in enumerate(drawn):                       # all kinds by turns, over the batches
+            first = (i - before) % len(kinds)                  # place of its first turn in this one
             parts.append(maps[most + first::len(kinds)])
         x = torch.cat(parts)                                                          # [B,3,S,S]
         y, _, commitment = tok(x)
@@ -668,8 +640,8 @@ def train_tokenizer(run: Run):
     tok.eval().requires_grad_(False)                           # the codes mean the same from now on
 
 
-def half(run: Run):
-    """Within: products in bfloat16 where the run uses it."""
+def precision(run: Run):
+    """A context in which matrix products use the run's type."""
     enabled = run.s.dtype == 'bfloat16'
     return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled)
 
@@ -679,14 +651,47 @@ def losses_of(run: Run, seq, target=None, hide=0.):
     them that does not see its earlier codes."""
     if target is not None:
         seq.codes = run.tok.encode(target)
-    with half(run):
+    with precision(run):
         return run.umm(seq, hide)
 
 
-def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part=0):
+# What an experiment may change, to find out what it is that teaches.
+def generated(run, index: int, seq, target, r):
+    """The loss of maps as they are taught here: their codes, written after picture and instruction.
+
+    Earlier codes tell a later one its class; hidden, each needs the picture (Bowman 2016, 3.1).
+    seq, target [B, 3, S, S], r: as DataSet.maps_to_draw gives them; index, of the batch, and r are for
+    experiments."""
+    _, loss = losses_of(run, seq, target, run.s.hide)
+    return loss
+
+
+FIND_STEPS = 1700              # so long the later part asks mostly to find things, then to relate them
+
+
+def mixed(s: Settings, step: int):
+    """-> (share of the questions' pictures, share of the maps, part of training: what is asked)"""
+    late = step - s.late_from * s.post_steps                   # steps of the later part so far
+    part = 'first'
+    if late >= 0:
+        part = 'finding'
+    if late >= FIND_STEPS:
+        part = 'relating'
+    return 1, 1, part
+
+
+@dataclass
+class Control:
+    """Training itself changes nothing; experiments set run.control to one of their own."""
+    map_loss: Callable = generated                     # what is taught about pictures with maps
+    shares: Callable = mixed                           # (settings, step) -> how much of what
+
+
+def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1.,
+               part='first'):
     """Mean losses of a step: `n_ask` pictures with questions, `n_draw` texts to draw, `n_maps` pictures
-    with maps. What nothing is known of is left out; part 0, 1 or 2 of training: which of DataSet.mixes
-    is asked, from 1 on late_questions about a picture.
+    with maps. What nothing is known of is left out; part of training: which of DataSet.mixes is asked,
+    after the first late_questions about a picture.
 
     Each loss is a mean over its own tokens, in nats, and has its own weight: 64 codes of a picture do
     not drown three words of an answer. All of them go through one pass of the optimizer."""
@@ -696,8 +701,8 @@ def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part
 
     if n_ask:
         # questions and captions about pictures
-        Q = s.late_questions if part else s.questions
-        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=world.mixes[part])
+        Q = s.questions if part == 'first' else s.late_questions
+        seq, _ = world.questions('train', index, my_share(n_ask), Q, kinds=world.mixes.get(part))
         out['text'], _ = losses_of(run, seq)
     if n_draw and world.captions:
         # pictures from captions
@@ -717,13 +722,14 @@ def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part
 
 
 def look_at_umm(run: Run):
-    """Understanding of validation pictures, and a picture of what the model can do."""
+    """Understanding of validation pictures, and a picture of what the model can do so far."""
     networks = (run.umm, run.tok, run.world)
     n = min(128, run.world.limit('val'))                       # of few pictures each once
     figures = evaluation.understanding(*networks, n, 'val')
     if run.s.data:                                             # much better: learned by heart
         figures['mean_train'] = evaluation.understanding(*networks, n, 'train')['mean']
-    return figures, sample.picture(*networks, run.s.cfg)
+    proxy = run.s.proxy if run.stage == 'posttrain' else 'none'
+    return figures, sample.picture(*networks, run.s.cfg, proxy)
 
 
 def pretrain(run: Run):
@@ -812,13 +818,14 @@ def finish(run: Run, begin: float):
     run.save('model.safetensors', run.stage, 0)
     # what comes next is not trained yet
     umm = None if run.stage == 'pretrain' else run.umm
-    scores = evaluation.evaluate(umm, run.tok, run.world, s.eval_n, s.cfg)
+    proxy = s.proxy if run.stage == DONE else 'none'
+    scores = evaluation.evaluate(umm, run.tok, run.world, s.eval_n, s.cfg, proxy=proxy)
     scores['minutes'] = (time.time() - begin) / 60
     evaluation.report(scores, run.dir / 'scores.json')
     print(f"\n{scores['minutes']:.1f} minutes since this start")
     task = 'reconstruct PICTURE'
     if umm:
-        sample.picture(umm, run.tok, run.world, s.cfg).save(run.dir / 'samples.png')
+        sample.picture(umm, run.tok, run.world, s.cfg, proxy).save(run.dir / 'samples.png')
         task = f'draw "{run.world.example}" --n 1'
     print(f'Look at the pictures in {run.dir}, then:\n'
           f'python sample.py {task} --checkpoint {run.dir}/model.safetensors')

@@ -244,8 +244,8 @@ def main_job(report: Report, rounds: int, folder='out/bench'):
         return losses['loss']
 
     runs = {
-        'step': stepper(lambda: loss(0), opts),
-        'late': stepper(lambda: loss(1), opts),
+        'step': stepper(lambda: loss('first'), opts),
+        'late': stepper(lambda: loss('finding'), opts),
         'data': draw_data,
     }
     spent = {name: median_wall(times) for name, times in alternate(runs, rounds).items()}

@@ -64,7 +64,7 @@ def readout(run, index: int, seq, target, r):
     of the map and no instruction is read."""
     umm = run.umm
     codes = run.tok.encode(target)                                                    # [B,N]
-    with train.half(run):
+    with train.precision(run):
         x = umm.read(seq.image, nothing_before(umm))                                  # [B,N,C]
         logits = umm.pixel_head(x)                                                    # [B,N,K]
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
@@ -93,7 +93,7 @@ def logits_of_masked(run, seq, codes, hidden, both_sides=True):
     if both_sides:
         see[:, T:, T:] = True
     see = F.pad(see, (N, 0), value=True)                                              # [B,T+N,N+T+N]
-    with train.half(run):
+    with train.precision(run):
         kvs = nothing_before(umm)
         umm.read(seq.image, kvs)                               # its keys are in kvs from now on
         text = umm.embed_text(seq.text, seq.turn)                                     # [B,T,C]
@@ -140,7 +140,7 @@ def frozen(run, index: int, seq, target, r):
 
 
 def shuffled(run, index: int, seq, target, r):
-    """As train.py does it, with the map of the next picture for each."""
+    """As train.py does it, with the map of another picture for each."""
     return train.generated(run, index, seq, target.roll(1, 0), r)
 
 
@@ -151,7 +151,7 @@ def in_turns(run, index: int, seq, target, r):
     return train.generated(run, index, seq, MAPS[name].draw(r), r)
 
 
-def of(content, channel=train.generated) -> train.Control:
+def teaching(content, channel=train.generated) -> train.Control:
     """The control that teaches a content through a channel."""
 
     def map_loss(run, index, seq, target, r):

@@ -139,7 +139,6 @@ class Player:
         return {
             'cfg': number_in(given, 'cfg', 1.),
             'temperature': number_in(given, 'temperature', 0.),
-            'top_k': 64,
             'generator': torch.Generator(self.device).manual_seed(seed),
         }
 

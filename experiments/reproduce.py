@@ -1,17 +1,20 @@
-"""The claims of SGT (arXiv 2605.18714), tested: arms that differ in the map alone.
+"""The claims of SGT (arXiv 2605.18714), tested: arms that differ in what is taught beside questions.
 
     python -m experiments.reproduce --only quick --seeds 3     none, sft, edge, depth, seg
     python -m experiments.reproduce                            ten arms x 5 seeds: the main comparison
+    python -m experiments.reproduce --only channel             generated, or taught as labels?
+    python -m experiments.reproduce --only steps|content|budget|known|drawing        see channels.py
     python -m experiments.reproduce --only controls|restoration|ratio|scale|questions
     python -m experiments.reproduce --report                   only write the report of what is finished
     python -m experiments.reproduce --data DIR --only quick    on real pictures (see folder.py)
 
-One pre-trained checkpoint per seed; every arm starts from it and runs train.posttrain, with the same
-loss weights, on the same pictures, questions and drawings in the same order. The maps differ in target
-and instruction, those of restoration in their spoilt input too; `ratio-*` has other pictures with maps,
-`first` other batches, `sft-long` and `seg-long` twice the steps. All arms replay drawings. A finished
-arm is kept (result.json) and never run again; a killed one resumes. Writes report.md, claims.json and
-figures under --out; scores: test split.
+One pre-trained checkpoint per seed (another for `known-*` and `*-bare-*`); every arm starts from it and
+runs train.posttrain, with the same loss weights, on the same pictures, questions and drawings in the
+same order. The maps differ in target and instruction, those of restoration in their spoilt input too;
+`ratio-*` has other pictures with maps, `first` other batches, `*-long`, `*-x3` and `*-flops` more steps
+(as many FLOPs as `seg-order` in the cpu preset and the procedural world). Only `*-alone*` and `*-bare-*`
+replay no drawings. A finished arm is kept (result.json) and never run again; a killed one resumes.
+Writes report.md, claims.json and figures under --out; scores: test split.
 """
 import argparse
 import contextlib
@@ -59,11 +62,13 @@ class Arm:
 
 
 def maps_first(s: train.Settings, step: int):
-    """Parts 0 and 1 of train.mixed: all maps in the first half of the stage, then all questions."""
+    """As train.mixed, but all maps in the first half of the stage, then all questions."""
     share = step / s.post_steps
     if share < .5:
-        return 0, 2, 0
-    return 2, 0, int(share >= (1 + s.late_from) / 2)
+        return 0, 2, 'first'
+    if share < (1 + s.late_from) / 2:
+        return 2, 0, 'first'
+    return 2, 0, 'finding'
 
 
 MAP_ARMS = ('edge', 'recon', 'depth', 'instance', 'seg')
@@ -93,10 +98,11 @@ CONTENTS = {'regions': channels.regions, 'silhouette': channels.silhouette, 'cut
             'blank': channels.blank}
 CONTENT_ARMS = {}
 for _name, _content in CONTENTS.items():
-    CONTENT_ARMS[f'{_name}-order'] = Arm(flags={'hide': 0}, control=channels.of(_content))
-    CONTENT_ARMS[f'{_name}-readout'] = Arm(control=channels.of(_content, channels.readout))
+    CONTENT_ARMS[f'{_name}-order'] = Arm(flags={'hide': 0}, control=channels.teaching(_content))
+    CONTENT_ARMS[f'{_name}-readout'] = Arm(control=channels.teaching(_content, channels.readout))
 # On a base that knows shapes from questions alone, the nearest to a large model that knows its objects.
-LATER = {'pre_steps': 2660}        # batches are counted on: no picture of the base comes again
+# Batches are counted on, so that no picture of the base comes again (cpu preset, arms of 400 steps).
+LATER = {'pre_steps': 2660}
 KNOWN_ARMS = {
     'known-none': Arm('none', trained=False, base='known'),
     'known-sft': Arm('none', base='known', flags=LATER),
@@ -589,7 +595,7 @@ def measure(run: train.Run, n: int) -> dict:
     scores['understanding'] = evaluation.understanding(umm, tok, world, n)
     if run.s.proxy == 'seg' and 'seg' in world.maps:
         scores['segmentation'] = evaluation.segmentation(umm, tok, world, max(16, n // 4))
-    sample.picture(umm, tok, world, run.s.cfg).save(run.dir / 'samples.png')
+    sample.picture(umm, tok, world, run.s.cfg, run.s.proxy).save(run.dir / 'samples.png')
     return scores
 
 
@@ -600,7 +606,7 @@ def finished(a, seed: int, name: str) -> bool:
     if not path.exists():
         return False
     if json.loads(path.read_text())['plan'] != plan_of(a):
-        raise UserError(f'{path} is of another --preset, --n, --data, --steps or recipe: '
+        raise UserError(f'{path} is of another --preset, --n, --data, --steps, --dtype or recipe: '
                         'choose another --out, or delete its folder')
     return True
 
@@ -711,13 +717,13 @@ def check(a, arms):
 
 
 def teachable(a, arms) -> list:
-    """The arms whose maps the folder has. It is decoded here, once, before all workers would do it."""
+    """The arms that the folder can teach. It is decoded here, once, before all workers would do it."""
     size = train.parse(['--preset', a.preset]).size
     world = open_world(a.data, size, 0, 'cpu', None, a.skip_bad)
     known = (*world.maps, 'none')
-    without = [arm for arm in arms if ARMS[arm].proxy not in known]
+    without = [arm for arm in arms if ARMS[arm].proxy not in known or ARMS[arm].base == 'bare']
     if without:
-        print(f"{a.data} has no maps for {', '.join(without)}: left out")
+        print(f"{a.data} has no maps, or is no world without plans, for {', '.join(without)}: left out")
     return [arm for arm in arms if arm not in without]
 
 

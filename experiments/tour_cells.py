@@ -245,7 +245,8 @@ axes[0].set_yscale('log')
 #
 # First the model writes a plan, what is where. Each token is drawn from the chances that the text
 # head gives, after a temperature of .4 has made the likely ones likelier. Here they are before that,
-# with the likeliest tokens at the three places where it was least sure. Whether the two things lie above or below was not asked for: the model had to choose.
+# with the likeliest tokens at the three places where it was least sure. Whether the two things lie
+# above or below was not asked for: the model had to choose.
 
 # %%
 prompt = 'a red circle left of a blue square'
@@ -317,7 +318,7 @@ ours = [
 ]
 s = data.pack(text, [[('a red circle', plan)] for plan in ours])
 g = torch.Generator().manual_seed(0)
-follows = umm.generate(s, cfg=2., temperature=.4, top_k=64, generator=g)              # [5,N]
+follows = umm.generate(s, cfg=2., temperature=.4, generator=g)                        # [5,N]
 show(tok.decode(follows), ours, across=5, side=2.1)
 
 # %% [markdown]
@@ -545,7 +546,7 @@ show(tok.decode(guesses), titles, across=4, side=2.1)
 #
 #     def without_plan(umm, text, prompts, generator=None, cfg=1.):
 #         s = data.pack(text, [[(prompt, None)] for prompt in prompts])
-#         return umm.generate(s, generator=generator, temperature=.4, top_k=64, cfg=cfg), prompts
+#         return umm.generate(s, generator=generator, temperature=.4, cfg=cfg), prompts
 #
 #     import model
 #     model.draw = without_plan

@@ -121,7 +121,7 @@ CORE = [ROOT / f'{name}.py' for name in MAY_IMPORT]
 OTHERS = sorted(ROOT.glob('experiments/*.py')) + sorted(ROOT.glob('tests/*.py'))
 CORE_DENSITY = 8.          # nodes of the syntax tree on a line of code, on average; at most
 OTHERS_DENSITY = 8.5
-CORE_NODES = 19_614        # of all core files together; 16,000 are the aim
+CORE_NODES = 19_611        # of all core files together; 16,000 are the aim
 
 
 def id_of(path) -> str:
@@ -233,7 +233,7 @@ def test_words_that_training_never_showed_are_named(folder, monkeypatch, capsys)
 def test_a_text_that_does_not_end_is_marked(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(data, 'MAX_TEXT', data.MAX_PLAN + 20)
-    sample.main(['caption', 'photo.png', '--n', '3', '--temperature', '100', '--top_k', '0'])
+    sample.main(['caption', 'photo.png', '--n', '3', '--temperature', '100'])
     *_, last = capsys.readouterr().out.splitlines()
     assert last.endswith(' ... (cut)')
 

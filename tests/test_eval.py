@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import model
+import sample
 from data import World
 
 
@@ -210,13 +211,35 @@ def test_scoring_equals_greedy_answers(run_dir):
 
 def test_blind_baseline_is_at_chance():
     scores = evaluation.blind(World(16), n=1024)
-    for kind, chance in data.CHANCE.items():
+    chances = {
+        'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4,
+        'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30,
+    }
+    assert tuple(chances) == data.VISUAL
+    for kind, chance in chances.items():
         assert scores[kind]['value'] < chance + .08, kind
+
+
+@pytest.mark.parametrize('proxy', ['seg', 'edge', 'none'])
+def test_only_the_map_that_was_taught_is_shown_and_measured(run_dir, monkeypatch, proxy):
+    tok, umm, text, _, _ = model.load(run_dir / 'model.safetensors')
+    world = World(16, text=text)
+    monkeypatch.setattr(sample, 'grid', lambda rows, notes: rows)
+    drawings, pictures, *maps = sample.picture(umm, tok, world, 2., proxy)
+    if proxy == 'none':
+        assert maps == []
+    else:
+        _, true, _ = world.maps_to_draw('val', 0, 8, proxy, stream='samples')
+        assert torch.equal(maps[-1], true)
+    for name in ('tokenizer', 'understanding', 'blind', 'generation'):
+        monkeypatch.setattr(evaluation, name, lambda *how: {})
+    scores = evaluation.evaluate(umm, tok, world, 16, proxy=proxy)
+    assert ('miou' in scores['segmentation']) is (proxy == 'seg')
 
 
 def test_the_table_has_no_heading_without_figures():
     half = evaluation.share(1, 2)
-    scores = {part: {} for part in ('understanding', 'chance', 'blind', 'generation', 'segmentation')}
+    scores = {part: {} for part in ('understanding', 'blind', 'generation', 'segmentation')}
     scores['tokenizer'] = {'used': half}
     table = evaluation.table(scores)
     assert '**tokenizer**' in table

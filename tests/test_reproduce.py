@@ -341,9 +341,9 @@ def test_maps_first_shows_as_much_of_both():
     """Maps in the first half, then questions, the late ones last."""
     s = train.Settings(post_steps=20, late_from=.3)
     amounts = [reproduce.ARMS['first'].control.shares(s, step) for step in range(20)]
-    assert amounts[:10] == [(0, 2, 0)] * 10
-    assert amounts[10:13] == [(2, 0, 0)] * 3
-    assert amounts[13:] == [(2, 0, 1)] * 7
+    assert amounts[:10] == [(0, 2, 'first')] * 10
+    assert amounts[10:13] == [(2, 0, 'first')] * 3
+    assert amounts[13:] == [(2, 0, 'finding')] * 7
 
 
 def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypatch, capsys):

@@ -109,6 +109,7 @@ def test_a_model_that_is_post_trained_in_its_own_folder_stays_until_it_is_replac
     with pytest.raises(SystemExit):
         train.main([*TEST, '--init', str(base), '--out', str(out), '--overwrite'])
     assert base.read_bytes() == before
+    assert not (out / 'scores.json').exists()              # it would be another model's
 
 
 def test_a_run_begun_anew_leaves_nothing_of_the_old_one(run_dir, tmp_path, monkeypatch):

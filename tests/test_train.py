@@ -101,8 +101,8 @@ def test_resume_gives_the_same_bits(run_dir, tmp_path, stage, monkeypatch):
     assert log_of(run_dir) == log_of(out)
 
 
-def test_stages_one_by_one_give_the_same_bits(run_dir, tmp_path, monkeypatch):
-    """--until, then --resume. What has only a tokenizer can be looked at and evaluated."""
+def test_stages_one_by_one_give_the_same_bits(run_dir, tmp_path, monkeypatch, capsys):
+    """--until, then --resume. What is not trained yet is not shown, not measured, or warned of."""
     out = tmp_path / 'run'
     flags = [*TEST, '--out', str(out)]
     train.main([*flags, '--until', 'tokenizer'])
@@ -113,16 +113,26 @@ def test_stages_one_by_one_give_the_same_bits(run_dir, tmp_path, monkeypatch):
     checkpoint = str(out / 'model.safetensors')
     sample.main(['reconstruct', str(photo), '--out', str(seen), '--checkpoint', checkpoint])
     assert Image.open(seen).size == (512, 256)             # before and after
+    with pytest.raises(UserError, match='can only reconstruct yet'):
+        sample.main(['draw', 'a red circle', '--checkpoint', checkpoint])
     evaluation.main(['--run', str(out), '--n', '16'])
     for name in ('scores.json', 'scores_test.json'):
         scores = json.loads((out / name).read_text())
         assert scores['tokenizer']['psnr']['n'] > 0
         assert scores['understanding'] == scores['generation'] == scores['segmentation'] == {}
 
-    leave_out(monkeypatch, 'evaluate', 'report')
-    train.main([*flags, '--resume', '--until', 'pretrain'])
+    with monkeypatch.context() as m:
+        leave_out(m, 'evaluate', 'report')
+        train.main([*flags, '--resume', '--until', 'pretrain'])
     assert {line['stage'] for line in log_of(out)} == {'tokenizer', 'pretrain'}
+    sample.main(['segment', str(photo), '--out', str(seen), '--checkpoint', checkpoint])
+    assert 'did not learn this map' in capsys.readouterr().out         # not yet
+    evaluation.main(['--run', str(out), '--n', '16'])
+    scores = json.loads((out / 'scores_test.json').read_text())
+    assert scores['understanding']['mean']['n'] > 0
+    assert scores['segmentation'] == {}
     assert not (out / 'pretrained.safetensors').exists()   # the next stage begins with it
+    leave_out(monkeypatch, 'evaluate', 'report')
     for _ in range(2):                                     # of a run that is done nothing changes
         train.main([*flags, '--resume'])
         for name in ('pretrained.safetensors', 'model.safetensors'):
@@ -413,7 +423,7 @@ def amounts_of(world, control, monkeypatch) -> list:
             loss_of(step)
 
     def note(run, step, ask, draw, maps, w_text, w_draw, part):
-        steps.append((ask, draw, maps, ask if part else 0))
+        steps.append((ask, draw, maps, 0 if part == 'first' else ask))
 
     monkeypatch.setattr(train, 'loop', all_steps)
     monkeypatch.setattr(train, 'umm_losses', note)
@@ -451,7 +461,7 @@ def test_what_is_asked_changes_twice(monkeypatch):
     monkeypatch.setattr(train, 'FIND_STEPS', 5)
     s = train.Settings(post_steps=10, late_from=.3)
     parts = [train.mixed(s, step) for step in range(10)]
-    assert parts == [(1, 1, 0)] * 3 + [(1, 1, 1)] * 5 + [(1, 1, 2)] * 2
+    assert parts == [(1, 1, 'first')] * 3 + [(1, 1, 'finding')] * 5 + [(1, 1, 'relating')] * 2
 
 
 @pytest.mark.parametrize('B', [8, 12, 32])
