@@ -749,6 +749,16 @@ def by_layer(part: str, key: str):
     return lambda result: list(enumerate(result['scores'][part][key]))
 
 
+def moved_most(found, shown, base: str, types) -> list:
+    """The two types of question in which some arm is farthest from the base."""
+
+    def farthest(kind):
+        effects = [difference(found, arm, base, ('understanding', kind)) for arm in shown]
+        return max(abs(e['value']) for e in effects if e['n'])
+
+    return sorted(types, key=farthest, reverse=True)[:2]
+
+
 def figures(out: Path, found):
     """gains.png, generation.png, convergence.png; of the procedural world probe.png, attention.png,
     projection.png."""
@@ -759,7 +769,9 @@ def figures(out: Path, found):
     gains(out, found, shown, 'understanding', base, 'gains.png')
     gains(out, found, shown, 'generation', base, 'generation.png')
     types = names_of(found, 'understanding')
-    chosen = ('shape', 'what') if 'what' in types else types[1:3]
+    chosen = ('shape', 'what')
+    if 'shape' not in types:                                   # real pictures
+        chosen = moved_most(found, shown, base, types[1:])
     panels = {'mean of visual types': by_step('mean')}
     for kind in chosen:
         panels[kind] = by_step(kind)

@@ -561,3 +561,16 @@ def test_unknown_arms_and_empty_folders_are_named(tmp_path):
         (folder / 'result.json').write_text(json.dumps(result))
     with pytest.raises(UserError, match='mixes seg'):
         report.report(tmp_path)
+
+
+def test_curves_of_real_pictures_are_of_what_moved_most():
+    def result(digit, what):
+        accuracy = {'count': .9, 'digit': digit, 'what': what}
+        return {'scores': {'understanding': {k: {'value': v} for k, v in accuracy.items()}}}
+
+    found = {
+        'sft': {0: result(.1, .2), 1: result(.2, .2)},
+        'seg': {0: result(.9, .6), 1: result(.8, .5)},
+    }
+    types = ['count', 'what', 'digit']
+    assert report.moved_most(found, ['sft', 'seg'], 'sft', types) == ['digit', 'what']
