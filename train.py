@@ -475,8 +475,7 @@ def settle(run: Run):
     cores or, beside another busy program, one.
 
     Three rounds by turns, the first of which warms up; what is far too slow, or takes seconds, is timed
-    once. float32 on all cores has to lose by a twentieth: less is noise, and one command would give
-    two results."""
+    once. float32 on all cores has to lose by a tenth, or one command would give two results."""
     s = run.s
     dtypes = ['float32', 'bfloat16'] if s.dtype == 'auto' else [s.dtype]
     threads = [s.threads or torch.get_num_threads()]           # all cores
@@ -492,7 +491,7 @@ def settle(run: Run):
                     seconds = seconds_a_step(run, *candidate)
                     times[candidate] = min(times[candidate], seconds)
         fastest = min(times, key=times.get)
-        if times[fastest] < .95 * times[best]:
+        if times[fastest] < .9 * times[best]:
             best = fastest
         timed = [f'{dtype} on {n} {seconds:.3g}' for (dtype, n), seconds in times.items()]
         why = 'seconds a step: ' + ', '.join(timed)
