@@ -432,8 +432,13 @@ def evaluate(umm, tok, world: DataSet, n=512, cfg=2., split='test', proxy='seg')
     world = copy.copy(world)
     world.seed = 0                                             # the same scenes for every run
     n = min(n, world.limit(split))
-    scores = {'understanding': {}, 'blind': {}, 'generation': {}, 'segmentation': {},
-              'tokenizer': tokenizer(tok, world, n, split)}
+    scores = {
+        'understanding': {},
+        'blind': {},
+        'generation': {},
+        'segmentation': {},
+        'tokenizer': tokenizer(tok, world, n, split),
+    }
     if umm is None:
         return scores
     pictures = min(n, 192)                                     # of what takes longer
@@ -505,8 +510,7 @@ def open_run(run: Path, device, folder=None, other_data=False):
                         'on other pictures with --other_data')
     if meta['trained'] == 'tokenizer':
         umm = None
-    if meta['trained'] != 'posttrain':
-        s['proxy'] = 'none'                                    # no map was taught yet
+    s['proxy'] = meta['taught']                                # 'none' before post-training
     return tok, umm, world, s
 
 
@@ -527,8 +531,7 @@ def main(argv=None):
     device = data.find_device(a.device)
     tok, umm, world, s = open_run(run, device, a.data, a.other_data)
     cfg = s.get('cfg', 2.)
-    proxy = s.get('proxy')
-    scores = evaluate(umm, tok, world, a.n, cfg, a.split, proxy)
+    scores = evaluate(umm, tok, world, a.n, cfg, a.split, s['proxy'])
     report(scores, run / f'scores_{a.split}.json')
 
 

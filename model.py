@@ -597,7 +597,8 @@ BEFORE = {'tokenizer': '', 'pretrain': 'tokenizer', 'posttrain': 'pretrain', 'do
 
 def read_checkpoint(path):
     """-> (config, text, tensors, meta) of a file; what is no checkpoint raises one of many errors.
-    meta['trained']: the last stage in which the model learned something."""
+    meta['trained']: the last stage in which the model learned something; meta['taught']: the map that it
+    learned to generate, or 'none'."""
     with safe_open(path, 'pt') as f:
         meta = json.loads(f.metadata()['nanoumm'])
         tensors = {k: f.get_tensor(k).clone() for k in f.keys()}         # not a view of the file
@@ -606,7 +607,9 @@ def read_checkpoint(path):
         if type(meta[key]) is not kind:
             raise TypeError(f'{key} is {meta[key]!r:.40}')
     before = BEFORE[meta['stage']]
-    meta['trained'] = meta['stage'] if meta['step'] > 0 else before
+    trained = meta['stage'] if meta['step'] > 0 else before
+    meta['trained'] = trained
+    meta['taught'] = meta['settings'].get('proxy') if trained == 'posttrain' else 'none'
     c = Config(**meta['config'])
     check_config(c)
     tokens = [bytes.fromhex(t) for t in meta['text']]

@@ -241,8 +241,7 @@ def main(argv=None):
     if a.task != 'reconstruct' and meta['trained'] in ('', 'tokenizer'):
         raise UserError(f'{checkpoint} can only reconstruct yet: train.py --resume goes on')
     _, name = TASKS[a.task]                                    # the map it generates, or None
-    taught = meta['settings'].get('proxy')
-    if name and (name != taught or meta['trained'] != 'posttrain'):
+    if name and name != meta['taught']:
         print(f'warning: {checkpoint} did not learn this map (train.py --proxy {name}): expect noise')
     prompt = prompt_of(a, text, meta['words'])
     prompts = [prompt for _ in range(a.n)]                     # each sample is a row of the batch

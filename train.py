@@ -43,11 +43,11 @@ import eval as evaluation
 import sample
 from data import MAPS, UserError
 from folder import open_world
-from model import UMM, Config, VQTokenizer, both, check_config, load, save, setting
+from model import BEFORE, UMM, Config, VQTokenizer, both, check_config, load, save, setting
 
 STAGES = ('tokenizer', 'pretrain', 'posttrain')
 DONE = 'done'                  # the stage of a run that has finished all of them
-NEXT = {'tokenizer': 'pretrain', 'pretrain': 'posttrain', 'posttrain': DONE}
+NEXT = {before: stage for stage, before in BEFORE.items()}
 WRITTEN = ('pretrained.safetensors', 'scores.json', 'samples.png',
            *[f'{stage}.png' for stage in STAGES])      # beside state, model and log
 
@@ -458,8 +458,7 @@ def seconds_a_step(run: Run, dtype: str, threads: int) -> float:
     torch.set_num_threads(threads)
     run.tok.eval()                                             # its codebook must not move
     begin = time.perf_counter()
-    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run),
-                        part='finding')
+    losses = umm_losses(run, 0, s.post_ask, s.post_draw, maps_a_step(run), part='finding')
     losses['loss'].backward()
     run.umm.source.grad.sum().item()                           # a GPU is waited for
     run.umm.zero_grad()
@@ -686,8 +685,7 @@ class Control:
     shares: Callable = mixed                           # (settings, step) -> how much of what
 
 
-def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1.,
-               part='first'):
+def umm_losses(run: Run, step, n_ask, n_draw, n_maps, w_text=1., w_draw=1., part='first'):
     """Mean losses of a step: `n_ask` pictures with questions, `n_draw` texts to draw, `n_maps` pictures
     with maps. What nothing is known of is left out; part of training: which of DataSet.mixes is asked,
     after the first late_questions about a picture.

@@ -11,10 +11,10 @@
 One pre-trained checkpoint per seed (another for `known-*` and `*-bare-*`); every arm starts from it and
 runs train.posttrain, with the same loss weights, on the same pictures, questions and drawings in the
 same order. The maps differ in target and instruction, those of restoration in their spoilt input too;
-`ratio-*` has other pictures with maps, `first` other batches, `*-long`, `*-x3` and `*-flops` more steps
-(as many FLOPs as `seg-order` in the cpu preset and the procedural world). Only `*-alone*` and `*-bare-*`
-replay no drawings. A finished arm is kept (result.json) and never run again; a killed one resumes.
-Writes report.md, claims.json and figures under --out; scores: test split.
+`ratio-*` has other pictures with maps, `first` other batches, `*-long` and `*-x3` more steps, `*-flops`
+as many as cost what `seg-order` does in the cpu preset and the procedural world. Only `*-alone*` and
+`*-bare-*` replay no drawings. A finished arm is kept (result.json) and never run again; a killed one
+resumes. Writes report.md, claims.json and figures under --out; scores: test split.
 """
 import argparse
 import contextlib
@@ -723,7 +723,8 @@ def teachable(a, arms) -> list:
     known = (*world.maps, 'none')
     without = [arm for arm in arms if ARMS[arm].proxy not in known or ARMS[arm].base == 'bare']
     if without:
-        print(f"{a.data} has no maps, or is no world without plans, for {', '.join(without)}: left out")
+        print(f"{a.data} cannot teach {', '.join(without)}: left out (no such maps, or they want the "
+              'procedural world without plans)')
     return [arm for arm in arms if arm not in without]
 
 

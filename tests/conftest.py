@@ -22,6 +22,19 @@ TEST = ['--preset', 'test', '--device', 'cpu', '--dtype', 'float32', '--threads'
 model.MAX_PLAN = 24
 torch.set_num_threads(1)     # two threads on a busy machine are several times slower than one
 times = 1                    # --fuzz
+# Accuracy of guessing the answer to a type of question among the possible ones.
+CHANCE = {
+    'count': 1 / 4,
+    'colour': 1 / 6,
+    'shape': 1 / 5,
+    'exist': 1 / 2,
+    'relation': 1 / 4,
+    'depth': 1 / 2,
+    'distance': 1 / 2,
+    'where': 1 / 4,
+    'size': 1 / 2,
+    'what': 1 / 30,
+}
 
 
 # ---- pytest ----

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CHANCE
 
 import data
 import eval as evaluation
@@ -211,12 +212,8 @@ def test_scoring_equals_greedy_answers(run_dir):
 
 def test_blind_baseline_is_at_chance():
     scores = evaluation.blind(World(16), n=1024)
-    chances = {
-        'count': 1 / 4, 'colour': 1 / 6, 'shape': 1 / 5, 'exist': 1 / 2, 'relation': 1 / 4,
-        'depth': 1 / 2, 'distance': 1 / 2, 'where': 1 / 4, 'size': 1 / 2, 'what': 1 / 30,
-    }
-    assert tuple(chances) == data.VISUAL
-    for kind, chance in chances.items():
+    assert tuple(CHANCE) == data.VISUAL
+    for kind, chance in CHANCE.items():
         assert scores[kind]['value'] < chance + .08, kind
 
 
