@@ -15,7 +15,7 @@ import data  # before torch: it tells OpenMP how to wait
 import numpy as np
 
 from data import QUESTIONS, SHAPES, UserError, World
-from experiments import report
+from experiments import figures, report
 from experiments.channels import GFLOPS
 
 # arm: (label, colour, marker, dashes); colours of Okabe and Ito: colour-blind people can tell them apart
@@ -91,7 +91,7 @@ def draw_costs(ax, found):
         if not by_seed:
             continue
         curves = [cost_curve(result) for result in by_seed.values()]
-        x, mean, half = report.over_seeds(curves)
+        x, mean, half = figures.over_seeds(curves)
         ax.errorbar(x, mean, half, color=ink, marker=mark, ls=dashes, ms=4, lw=1.3, elinewidth=.7,
                     label=f'{label} ({len(curves)} seeds)')
     bound = np.mean(list(SHAPE_BLIND.values()))
@@ -109,7 +109,7 @@ def draw_gains(ax, found):
         label, ink, mark, _ = STYLES[arm]
         effects = [report.difference(found, arm, 'sft-flops', ('understanding', kinds))
                    for kinds in groups.values()]
-        middle, half = report.bars(effects)
+        middle, half = figures.bars(effects)
         beside = (i - (len(arms) - 1) / 2) * .8 / len(arms)    # arms stand side by side
         x = np.arange(len(groups)) + beside
         ax.errorbar(x, middle, half, fmt=mark, color=ink, label=label, ms=5, lw=1, mec='black', mew=.4)
@@ -117,7 +117,7 @@ def draw_gains(ax, found):
     ax.set_xticks(range(len(groups)), names, fontsize=7)
     ax.axhline(0, color='black', lw=.7)
     ax.set_ylabel('points above questions alone')
-    title = f'400 steps, equal FLOPs, test split, {report.seeds_of(found, arms)}'
+    title = f'400 steps, equal FLOPs, test split, {figures.seeds_of(found, arms)}'
     ax.set_title(title, loc='left', fontsize=9)
 
 
@@ -126,7 +126,7 @@ def figure(found, path: Path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    plt.rcParams.update(report.LOOK)
+    plt.rcParams.update(figures.LOOK)
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     draw_costs(left, found)
     left.set_title('Labels or generation?', loc='left')

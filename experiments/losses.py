@@ -11,7 +11,7 @@ import data  # before torch: it tells OpenMP how to wait
 
 import model
 from data import UserError
-from experiments.report import INK
+from experiments.figures import INK
 
 
 def read_log(path: Path) -> list[dict]:

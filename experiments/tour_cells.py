@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import eval as evaluation
 import sample
-from experiments import reproduce
+from experiments import probes
 from experiments.tour import bars, lines, looked_at, show
 from model import draw, load, write
 
@@ -355,7 +355,7 @@ wanted = scene.objects[0]
 question = f'where is the {wanted.name}?'
 answer = data.CELLS[wanted.cell]
 s = data.pack(text, [[(question, answer)]], image)
-with reproduce.recorded() as kept:
+with probes.recorded() as kept:
     umm.hidden(s)
 L = c.n_layer
 answered = s.target[0] >= 0                                                           # [T]
@@ -378,7 +378,7 @@ _, before, _, _, _ = load(run / 'pretrained.safetensors')
 BOTH = {'before': before, 'after': umm}
 shares = {}
 for name, network in BOTH.items():
-    found = reproduce.attention_shares(network, tok, world, many)
+    found = probes.attention_shares(network, tok, world, many)
     shares[name] = found['asked object']
 layers = list(range(1, L + 1))
 bars(shares, layers, 'share on the object')
@@ -439,7 +439,7 @@ bars(groups, kinds, 'share right')
 # %%
 curves = {}
 for name, network in BOTH.items():
-    found = reproduce.probe(network, tok, world, many)
+    found = probes.probe(network, tok, world, many)
     for task in ('shape', 'colour'):
         points = enumerate(found[task])
         curves[f'{task}, {name}'] = list(points)

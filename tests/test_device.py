@@ -20,7 +20,7 @@ import eval as evaluation
 import model
 import sample
 import train
-from experiments import drawing, reader, reproduce
+from experiments import drawing, probes, reader
 from folder import Folder
 
 try:
@@ -229,9 +229,9 @@ def test_real_pictures(run_there, device, original, monkeypatch):
 def test_experiments(run_there, device):
     tok, umm, text, _, _ = model.load(run_there / 'model.safetensors', device)
     world = data.World(16, 0, device, text)
-    assert len(reproduce.probe(umm, tok, world, 30)['shape']) == 2
+    assert len(probes.probe(umm, tok, world, 30)['shape']) == 2
     assert 0 <= drawing.measure(umm, tok, world, 8)['sides']['value'] <= 1
-    shares = reproduce.attention_shares(umm, tok, world, 8)
+    shares = probes.attention_shares(umm, tok, world, 8)
     whole = shares['picture'][0] + shares['text'][0]
     assert whole == pytest.approx(1, abs=1e-4)
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data import UserError
-from experiments import learnable, prepare
+from experiments import learnable, prepare, writer
+from experiments.coco import split_of
 from folder import Folder
 
 
@@ -78,7 +79,7 @@ def test_pets(pets, tmp_path, capsys):
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {'downloads', 'out'}                    # nothing temporary stays
     dogs, cats = [], []
-    for split in prepare.SPLITS:
+    for split in writer.SPLITS:
         for row in rows_of(out, split):
             if row['objects']:
                 kind = dogs if 'great pyrenees' in row['caption'] else cats
@@ -210,7 +211,7 @@ def test_exports_with_splits_in_folders_and_equal_names(coco, tmp_path):
             picture.save(root / split / im['file_name'])
         (root / split / '_annotations.coco.json').write_text(json.dumps(content))
     prepare.main(['coco', str(root), str(tmp_path / 'out')])
-    for split, red in zip(prepare.SPLITS, reds.values()):
+    for split, red in zip(writer.SPLITS, reds.values()):
         rows = rows_of(tmp_path / 'out', split)
         assert len(rows) == 20
         for row in rows:
@@ -355,7 +356,7 @@ def test_captions_are_joined_to_the_instances_of_their_split(coco, tmp_path):
     ('latest/contest.json', None),
 ])
 def test_the_split_is_that_of_the_file_then_of_the_nearest_folder(path, split):
-    assert prepare.split_of(Path(path)) == split
+    assert split_of(Path(path)) == split
 
 
 def test_pictures_are_read_as_for_training(coco, tmp_path):

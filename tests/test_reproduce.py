@@ -16,7 +16,7 @@ import data
 import model
 import train
 from data import UserError, World
-from experiments import cosine, losses, report, reproduce
+from experiments import cosine, figures, losses, probes, report, reproduce
 from experiments.restoration import RESTORATIONS
 
 
@@ -44,13 +44,13 @@ def test_ridge_is_least_squares_with_a_penalty():
     Y = torch.cat([F.one_hot(y).double(), zeros])
     W = torch.linalg.lstsq(A, Y).solution
     want = (prepared(X_test) @ W).argmax(-1)
-    assert torch.equal(reproduce.ridge(X, y, X_test), want)
+    assert torch.equal(probes.ridge(X, y, X_test), want)
 
 
 def test_features_are_the_pictures_states_and_labels_the_objects_under_them(trained):
     umm, tok, world = trained
     G, p = umm.c.grid, umm.c.patch
-    X, y = reproduce.features(umm, tok, world, 'val', 12)
+    X, y = probes.features(umm, tok, world, 'val', 12)
     assert X.shape == (umm.c.n_layer + 1, 12 * G * G, umm.c.n_embd)
     scenes, r, _ = world.scenes('val', 'probe', 0, 12)
     x = umm.embed_image(r.image)
@@ -79,7 +79,7 @@ def test_features_are_the_pictures_states_and_labels_the_objects_under_them(trai
 
 def test_probe_reports_every_layer_and_what_it_can_memorise(trained):
     umm, tok, world = trained
-    scores = reproduce.probe(umm, tok, world, 60)
+    scores = probes.probe(umm, tok, world, 60)
     assert all(len(layers) == umm.c.n_layer + 1 for layers in scores.values())
     assert {'shape', 'colour', 'depth', 'object', 'control', 'circle/ring'} <= scores.keys()
     assert min(scores['control']) > 0.2
@@ -90,7 +90,7 @@ def test_recorded_attention_is_what_the_model_computed(trained):
     umm, tok, world = trained
     s, _ = world.questions('val', 3, 4, 3)
     plain = umm.hidden(s)
-    with reproduce.recorded() as kept:
+    with probes.recorded() as kept:
         assert torch.equal(umm.hidden(s), plain)
     assert len(kept) == 2 * umm.c.n_layer  # the picture, then the text, in every layer
     assert all(torch.allclose(w.sum(-1), torch.ones(())) for w in kept)
@@ -99,7 +99,7 @@ def test_recorded_attention_is_what_the_model_computed(trained):
 
 
 def test_attention_shares_sum_to_one(trained):
-    shares = reproduce.attention_shares(*trained, n=16)
+    shares = probes.attention_shares(*trained, n=16)
     whole = np.array(shares['picture']) + np.array(shares['text'])
     assert np.allclose(whole, 1, atol=1e-4)
     for on_object, on_picture in zip(shares['asked object'], shares['picture']):
@@ -119,13 +119,13 @@ def test_words_and_tokens_line_up(trained):
         tokens = text.encode(line)
         by_word = [token for word in line.split() for token in text.encode(word)]
         assert by_word == tokens
-        kinds = reproduce.buckets(text, line)
+        kinds = probes.buckets(text, line)
         assert len(kinds) == len(tokens)
         for kind, token in zip(kinds, tokens):
             if text.decode([token]) == ',':
                 assert kind == 'other'
     words = 'top red ring, squares with'.split()
-    kinds = [reproduce.bucket(word) for word in words]
+    kinds = [probes.bucket(word) for word in words]
     assert kinds == ['position', 'colour', 'object', 'object', 'other']
 
 
@@ -349,7 +349,6 @@ def test_maps_first_shows_as_much_of_both():
 def test_a_finished_arm_is_kept_and_the_report_is_the_same_again(arms, monkeypatch, capsys):
     out, _ = arms
     monkeypatch.setattr(reproduce, 'ProcessPoolExecutor', None)  # fails if anything is left to run
-    monkeypatch.setattr(report, 'figures', lambda *a: None)
     results = {path: path.read_bytes() for path in out.glob('seed*/*/result.json')}
     assert len(results) == 5
     assert reproduce.execute(plan(out), ['sft', 'seg', 'edge', 'shuffled']) == []
@@ -499,27 +498,27 @@ def test_limited_worlds_repeat_their_first_pictures():
 # ---- figures and the command line ----
 def test_sweeps_name_real_arms_and_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib').use('Agg')
-    for panel in report.SWEEPS.values():
+    for panel in figures.SWEEPS.values():
         for arm in panel.values():
             assert arm in reproduce.ARMS
             assert report.baseline(arm) in reproduce.ARMS
     for claim in report.CLAIMS:
         assert {claim.arm, claim.other} <= reproduce.ARMS.keys()
-    assert report.INK.keys() <= reproduce.ARMS.keys()
-    assert report.INK.keys() == report.MARK.keys()
-    drawn, real = [], report.difference  # a panel shows the seeds that all its arms have
+    assert figures.INK.keys() <= reproduce.ARMS.keys()
+    assert figures.INK.keys() == figures.MARK.keys()
+    drawn, real = [], figures.difference  # a panel shows the seeds that all its arms have
 
     def difference(*which):
         drawn.append(real(*which))
         return drawn[-1]
 
-    monkeypatch.setattr(report, 'difference', difference)
+    monkeypatch.setattr(figures, 'difference', difference)
     found = {
         'sft': {0: result_of(0.5), 1: result_of(0.6)},
         'seg': {0: result_of(0.7), 1: result_of(0.7)},
         'ratio-1': {1: result_of(0.6)},
     }
-    report.sweeps(tmp_path, found)
+    figures.sweeps(tmp_path, found)
     assert [e['n'] for e in drawn] == [1, 1, 1]
     assert (tmp_path / 'sweeps.png').stat().st_size > 1000
 
@@ -527,8 +526,8 @@ def test_sweeps_name_real_arms_and_are_drawn(tmp_path, monkeypatch):
 def test_figures_of_finished_arms_are_drawn(arms):
     pytest.importorskip('matplotlib').use('Agg')
     out, _ = arms
-    report.figures(out, report.collect(out))
-    for name in ('gains', 'generation', 'convergence', 'projection', 'probe', 'attention'):
+    figures.figures(out, report.collect(out))
+    for name in ('gains', 'generation', 'convergence', 'probe', 'attention'):
         assert (out / f'{name}.png').stat().st_size > 1000
 
 
@@ -573,4 +572,4 @@ def test_curves_of_real_pictures_are_of_what_moved_most():
         'seg': {0: result(.9, .6), 1: result(.8, .5)},
     }
     types = ['count', 'what', 'digit']
-    assert report.moved_most(found, ['sft', 'seg'], 'sft', types) == ['digit', 'what']
+    assert figures.moved_most(found, ['sft', 'seg'], 'sft', types) == ['digit', 'what']

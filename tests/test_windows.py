@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data import UserError
-from experiments import prepare, windows
+from experiments import prepare, windows, writer
 from folder import Folder
 
 CLASSES = ['ground', 'cat', 'dog', 'flea']
@@ -20,7 +20,7 @@ def folder_of(root, n=24):
     rng = np.random.default_rng(0)
     root.mkdir()
     (root / 'classes.json').write_text(json.dumps({'mask_classes': CLASSES}))
-    for split in prepare.SPLITS:
+    for split in writer.SPLITS:
         folder = root / split
         folder.mkdir()
         lines = []
@@ -127,7 +127,7 @@ def test_questions_are_answered_by_the_mask():
 
 def test_words_alone_tell_no_answer(tmp_path):
     out, _ = prepared(tmp_path, '--side', '24')
-    for split in prepare.SPLITS:
+    for split in writer.SPLITS:
         seen = defaultdict(Counter)
         for line in (out / split / 'metadata.jsonl').read_text().splitlines():
             for q in json.loads(line)['qa']:
