@@ -1,6 +1,7 @@
 """Figures and pictures of experiments.reproduce: gains, curves, sweeps, targets, samples, as PNG files.
 
-Figures need matplotlib; pictures of what the arms draw do not. experiments/report.py collects the scores.
+Figures need matplotlib; pictures of what the arms draw do not. The scores are those that report.collect
+gives.
 """
 from pathlib import Path
 

@@ -23,7 +23,7 @@ import data  # before torch: it tells OpenMP how to wait
 import torch
 
 from data import MAPS, UserError
-from experiments.reproduce import recorded
+from experiments.probes import recorded
 from folder import open_world, shrunk, upright
 from model import continued, draw, load
 from sample import BOUNDS, as_picture, prompt_of, grid, newest_checkpoint

@@ -452,8 +452,8 @@ def tables(found) -> str:
 
 
 def report(out: Path) -> dict:
-    """Write report.md, claims.json and scores.json of all finished arms under `out`; of a scores.json the
-    tables alone, beside it. -> what was found, as collect() gives it."""
+    """Write report.md, claims.json and scores.json of all finished arms under `out`; of a scores.json
+    the tables alone, beside it. -> what was found, as collect() gives it."""
     found = collect(out)
     if out.is_file():
         path = out.with_suffix('.md')

@@ -20,7 +20,7 @@ import folder as folders
 import sample
 import train
 from data import UserError
-from experiments import bench, report, reproduce
+from experiments import bench, figures, report, reproduce
 
 README = (ROOT / 'README.md').read_text()
 
@@ -89,6 +89,7 @@ def test_readme_experiments_exist(monkeypatch, tmp_path):
 
     monkeypatch.setattr(reproduce, 'execute', note)
     monkeypatch.setattr(report, 'report', lambda out: None)
+    monkeypatch.setattr(figures, 'draw_all', lambda out, found: None)
     monkeypatch.setattr(reproduce, 'open_world', lambda *how: data.World(16))
     lines = commands(r'python -m experiments\.reproduce')
     assert len(lines) >= 2

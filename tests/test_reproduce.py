@@ -294,6 +294,7 @@ def test_every_kind_of_arm_runs(arms, tmp_path, monkeypatch):
     (tmp_path / 'seed0' / 'base').symlink_to(out / 'seed0' / 'base')
     monkeypatch.setattr(reproduce, 'measure', lambda run, n: {})
     monkeypatch.setattr(train, 'show', lambda *how: None)      # this is about training
+    monkeypatch.setitem(reproduce.BASES, 'bare', {'pre_steps': 6})
     for name in ('known', 'bare', *NEW_ARMS):
         reproduce.work(plan(tmp_path), 0, name)
     steps, losses = {}, {}
