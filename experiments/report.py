@@ -139,7 +139,7 @@ BASELINES = {
     'readout-flops': 'sft-flops', 'told-flops': 'sft-flops',
 }
 ENDINGS = {
-    '-x3': 'sft-x3', '-x3-flops': 'sft-x3',
+    '-x3': 'sft-x3-flops', '-x3-flops': 'sft-x3-flops',        # at equal FLOPs
     '-alone': 'none-alone', '-alone-slow': 'none-alone-slow', '-bare-slow': 'none-bare-slow',
 }
 # Questions by what they need: names that the map's colours give, finding, two objects at once, neither
@@ -399,6 +399,15 @@ def mean_text(results, path) -> str:
     return f'{round(np.mean(known), 9):.3f}' if known else '-'       # twice, as above
 
 
+def above(found, arm: str, path: tuple) -> str:
+    """An arm's effect over its baseline; with the number of pairs, where it has more seeds than these."""
+    e = difference(found, arm, baseline(arm), path)
+    text = points(e)
+    if 0 < e['n'] < len(found[arm]):
+        text += f" (n={e['n']})"
+    return text
+
+
 def table_of_scores(found, part: str, layer: tuple) -> str:
     """Each arm's mean over seeds of all that was measured; layer: ('last',) where there are layers."""
     names = names_of(found, part)
@@ -410,7 +419,7 @@ def table_of_scores(found, part: str, layer: tuple) -> str:
         row = [arm, len(by_seed)]
         for name in names:
             row.append(mean_text(by_seed.values(), (part, name, *layer)))
-        row.append(points(difference(found, arm, baseline(arm), main)))
+        row.append(above(found, arm, main))
         rows.append(row)
     return table(('arm', 'seeds', *names, f'{names[0]} - sft*'), rows)
 
@@ -421,7 +430,7 @@ def table_of_groups(found) -> str:
     for arm, by_seed in found.items():
         row = [arm, baseline(arm), len(by_seed)]
         for kinds in GROUPS.values():
-            row.append(points(difference(found, arm, baseline(arm), ('understanding', kinds))))
+            row.append(above(found, arm, ('understanding', kinds)))
         rows.append(row)
     heads = [f"{group} ({', '.join(kinds)})" for group, kinds in GROUPS.items()]
     return table(('arm', 'minus', 'seeds', *heads), rows)
