@@ -5,8 +5,8 @@
 
 Equal work: width 256, 6 layers, 8 heads, vocabulary 2048, 320 tokens (64 of text, 256 of a picture),
 batch 4, float32. A ratio above 1: nanoUMM needs less time. A peer that is not installed is left out with
-a line. nanoGPT is no package: name a clone of it. FLOPs are counted in one place, flops(); the peak is
-measured, not looked up.
+a line. nanoGPT is no package: name a clone of it. FLOPs are counted, by flops() for all; the peak
+is measured, not looked up.
 """
 import argparse
 import contextlib

@@ -12,10 +12,11 @@ same order, with the same weight:
     readout    nothing is generated: the picture's own last states say the map's codes, patch by patch
     told       nothing is generated: an answer in words says which shape is where
 
-    python -m experiments.channels          counts the FLOPs of a step of each, for GFLOPS below
+    python -m experiments.channels          counts the FLOPs of a step of some, for GFLOPS below
 """
 import argparse
 import math
+import tempfile
 
 import data  # before torch: it tells OpenMP how to wait
 import torch
@@ -26,7 +27,7 @@ import train
 from data import MAPS, Rendering
 from model import KV
 
-# GFLOPs of a step of post-training, cpu preset: what this file counts
+# GFLOPs of a step of post-training, cpu preset: what this file counts, of `sft-flops` and so on
 GFLOPS = {'sft': 15.46, 'seg-readout': 19.04, 'seg-told': 19.32, 'seg-order': 22.37}
 # So many steps cost as much as one in which maps are generated
 LONGER = {name: GFLOPS['seg-order'] / count for name, count in GFLOPS.items()}
@@ -188,10 +189,10 @@ def main():
     a = p.parse_args()
     for name in reproduce.PLANS['channel']:
         arm = reproduce.ARMS[name]
-        values = {'init': a.init, 'out': 'out/flops', 'proxy': arm.proxy, **arm.flags}
-        flags = reproduce.as_flags(values)
-        s = train.parse([*flags, '--overwrite', '--dtype', 'float32'])
-        run = train.Run(s, data.find_device('cpu'))
+        with tempfile.TemporaryDirectory() as out:
+            values = {'init': a.init, 'out': out, 'proxy': arm.proxy, 'dtype': 'float32', **arm.flags}
+            s = train.parse(reproduce.as_flags(values))
+            run = train.Run(s, data.find_device('cpu'))
         run.control = arm.control
         print(f'{name}: {flops_a_step(run, 10) / 1e9:.2f} GFLOPs a step')
 

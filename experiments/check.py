@@ -43,7 +43,7 @@ def tell(folder: Path, out: str, also_learnable=False):
         canvas.save(part, 'PNG')
     print(f'wrote {out}: do its masks, captions, plans and answers fit the pictures?')
     if also_learnable:
-        learnable.tell(world)
+        learnable.print_table(world)
 
 
 def path_of(world: Folder, row: dict) -> Path:

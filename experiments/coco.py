@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import UserError
-from experiments.writer import SPLITS, Bad, Writer, asked, listed
+from experiments.writer import SPLITS, Bad, Writer, listed, questions_about
 from folder import upright
 
 HELP = """Fetch annotations_trainval2017.zip and val2017.zip (5,000 pictures; train2017.zip for all) from
@@ -267,7 +267,7 @@ def chosen_classes(a, files: list[Notes]) -> list:
 # ---- COCO: one picture after the other ----
 def write_folder(a):
     """The command `coco`."""
-    files = read_downloads(a.downloads, a.bad)
+    files = read_downloads(a.source, a.bad)
     kept = chosen_classes(a, files)
     there = {notes.split or 'train' for notes in files}
     rng = random.Random(a.seed)
@@ -329,7 +329,7 @@ def write_coco(writer, split: str, notes: Notes, key: str, kept: list, rng):
         if area > 0:
             found.append((name, box))
     told = notes.captions.get(key) or [listed(found, crowds)]
-    qa = asked(found, kept, image.width, rng, bool(crowds))
+    qa = questions_about(found, kept, image.width, rng, bool(crowds))
     writer.row(split, image, mask, found, caption=told[0], qa=qa)
     if not annotations:
         writer.empty += 1                                      # nothing to see is worth knowing, too

@@ -8,6 +8,7 @@ and whether it is mirrored. Pieces in the sky lie behind all others, the sun beh
 what is far lies behind what is near.
 """
 import json
+import random
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data import UserError
+from experiments.writer import Writer, listed, questions_about
 from folder import upright
 
+HELP = """Fetch CoDraw_1_0.json from https://github.com/facebookresearch/CoDraw (its folder dataset)
+and the folder Pngs of Abstract Scenes 1.1 (Zitnick, Parikh: Bringing Semantics Into Focus, CVPR 2013),
+as that repository says, into DOWNLOADS. Licence: CC BY-NC 4.0, non-commercial. Cite Kim et al.: CoDraw,
+ACL 2019. The official splits stay. Questions about single pieces need windows: the command `windows`."""
 CANVAS = (500, 400)
 SCALES = (1., .7, .49)         # of a piece that is near, farther and far away
 LENGTH = 8                     # values that describe a piece
@@ -137,3 +143,24 @@ def scenes_in(folder: Path):
         split = splits.get(key.split('_')[0])
         if split:
             yield split, key, scenes[key]
+
+
+def write_folder(a):
+    """The command `codraw`."""
+    drawer = Drawer(a.source / 'Pngs')
+    rng = random.Random(a.seed)
+    with Writer(a.out, a.side, CLASSES) as writer:
+        for split, key, scene in scenes_in(a.source):
+            if a.limit and writer.count[split] >= a.limit:
+                continue
+            try:
+                pieces = pieces_of(scene['abs_t'])
+                image, mask, found = drawer.draw(pieces)
+            except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+                a.bad.note(f'{key}: {e}')
+                continue
+            # what shows too little of itself is neither there nor absent
+            hardly = {piece.name for piece in pieces} - {name for name, _ in found}
+            names = [name for name in CLASSES[len(GROUND):] if name not in hardly]
+            qa = questions_about(found, names, image.width, rng, False)
+            writer.row(split, image, mask, found, caption=listed(found), qa=qa)

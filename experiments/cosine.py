@@ -7,7 +7,7 @@ over seeds; beside it what the arm gained. Aligned gradients are said to predict
 (OmniTaskonomy, Ge et al.: r = .53 to .80). `questions`: the same with other pictures, what sampling
 alone leaves of a cosine of 1.
 """
-import sys
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import model
 import train
+from data import UserError
 from experiments.report import UNDERSTANDING, collect, difference, paired, points, table
 from experiments.reproduce import MAP_ARMS
 from folder import open_world
@@ -61,9 +62,12 @@ def cosines(base: Path) -> dict:
     return out
 
 
-def main(out: Path):
-    found = collect(out)
+def compare(out: Path):
+    """Print the table of a folder of experiments.reproduce."""
     bases = sorted(out.glob('seed*/base/pretrained.safetensors'))
+    if not bases:
+        raise UserError(f'{out} holds no seed*/base: name the folder of experiments.reproduce')
+    found = collect(out)
     measured = [cosines(base) for base in bases]
     rows, alike, gained = [], [], []
     for name in measured[0]:
@@ -85,6 +89,13 @@ def main(out: Path):
         print(f'\n{len(bases)} seeds; correlation of cosine and gain over {len(alike)} maps: {r:+.2f}')
 
 
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument('out', nargs='?', type=Path, default='out/reproduce', help='default %(default)s')
+    a = p.parse_args()
+    compare(a.out)
+
+
 if __name__ == '__main__':
-    folder = sys.argv[1] if len(sys.argv) > 1 else 'out/reproduce'
-    data.guard(lambda: main(Path(folder)))
+    data.guard(main)

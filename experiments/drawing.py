@@ -71,24 +71,26 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
     while total < n:
         texts, true = pair_batch(world, split, index)
         plans = plans_of(world, true)
-
-        def nats(scenes):
-            """Of their plans, and of their pictures with the true plans; with the same noise."""
-            g = data.generator(world.seed, split, 'choice texture', index, world.device)
-            codes = tok.encode(data.render(scenes, world.size, g).image)              # [B,N]
-            plan, _ = nats_of(umm, world, texts, plans_of(world, scenes), codes)
-            _, picture = nats_of(umm, world, texts, plans, codes)
-            return plan, picture
-
-        plan, picture = nats(true)                                                    # [B], [B]
+        codes = drawn_alike(tok, world, true, split, index)                           # [B,N]
+        plan_nats, code_nats = nats_of(umm, world, texts, plans, codes)               # [B], [B]
         for what in ('sides', 'colours'):
-            other_plan, other_picture = nats([swapped(scene, what) for scene in true])
-            right[what] += int((picture < other_picture).sum())
+            others = [swapped(scene, what) for scene in true]
+            other_plans = plans_of(world, others)
+            other_codes = drawn_alike(tok, world, others, split, index)
+            _, other_nats = nats_of(umm, world, texts, plans, other_codes)
+            right[what] += int((code_nats < other_nats).sum())
             if plans[0]:
-                right[f'plan {what}'] += int((plan < other_plan).sum())
+                other_nats, _ = nats_of(umm, world, texts, other_plans, codes)
+                right[f'plan {what}'] += int((plan_nats < other_nats).sum())
         total += len(texts)
         index += 1
     return {what: evaluation.share(count, total) for what, count in right.items()}
+
+
+def drawn_alike(tok, world, scenes: list[Scene], split: str, index: int):
+    """The codes [B, N] of scenes, with the same background and noise at every call of one index."""
+    g = data.generator(world.seed, split, 'choice texture', index, world.device)
+    return tok.encode(data.render(scenes, world.size, g).image)
 
 
 def nats_of(umm, world, texts, plans, codes) -> tuple:

@@ -12,6 +12,7 @@ import torch
 import eval as evaluation
 import model
 import sample
+from data import UserError
 from experiments.report import UNDERSTANDING, baseline, curve_of, difference, names_of, t_quantile
 from experiments.restoration import RESTORATIONS
 from folder import open_world
@@ -27,7 +28,7 @@ LOOK = {                         # of all figures
 # The arms in the figures, in this order; those that teach a map have its colour.
 INK = {'none': '#999999', 'sft': '#000000', **{name: m.colour for name, m in data.MAPS.items()},
        **{name: colour for name, (_, colour) in RESTORATIONS.items()}, 'shuffled': '#7f4f24'}
-MARK = dict(zip(INK, 'Xosv^DPp<d>*'))
+MARK = dict(zip(INK, 'Xosv^DPp<d>*.hH8+x1234'))          # more than are needed: maps may be added
 # panel of sweeps.png: {label on the x axis: arm}; each arm is compared with its baseline()
 SWEEPS = {
     'maps for each picture with questions': {
@@ -41,6 +42,17 @@ SWEEPS = {
 
 
 # ---- figures ----
+def pyplot():
+    """matplotlib.pyplot, which draws into files; UserError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('figures need matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 def bars(effects) -> tuple[list, list]:
     """Effects in points (nan: none) and half-widths of intervals (0: none), as errorbar takes them."""
     middle, half = [], []
@@ -97,7 +109,7 @@ def sweep(ax, found, arms: dict):
 
 def sweeps(out: Path, found):
     """sweeps.png: understanding above questions alone against what each sweep varies."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     panels = panels_of(found)
     if not panels:
         return
@@ -112,22 +124,27 @@ def sweeps(out: Path, found):
     plt.close(fig)
 
 
-def gains(out: Path, found, shown, part: str, base: str, name: str):
-    """Each arm above `base`, by type of question or category."""
-    import matplotlib.pyplot as plt
-    arms = [arm for arm in shown if arm != base]
+def side_by_side(ax, found, paths: list, other: str, looks: dict):
+    """Each arm above the arm `other`, at each of the paths of scores; looks: {arm: (label, colour,
+    marker)}."""
+    for i, (arm, (label, ink, mark)) in enumerate(looks.items()):
+        middle, half = bars([difference(found, arm, other, path) for path in paths])
+        beside = (i - (len(looks) - 1) / 2) * .8 / len(looks)
+        x = np.arange(len(paths)) + beside
+        ax.errorbar(x, middle, half, fmt=mark, color=ink, label=label, ms=5, lw=1, mec='black', mew=.4)
+    ax.axhline(0, color='black', lw=.7)
+
+
+def gains(out: Path, found, shown, part: str, other: str, name: str):
+    """Each arm above the arm `other`, by type of question or category."""
+    plt = pyplot()
+    arms = [arm for arm in shown if arm != other]
     kinds = [kind for kind in names_of(found, part) if kind not in ('verifier', 'ceiling', 'other')]
     fig, ax = plt.subplots(figsize=(max(6, len(kinds) * .95), 3.2))
-    for i, arm in enumerate(arms):
-        effects = [difference(found, arm, base, (part, kind)) for kind in kinds]
-        middle, half = bars(effects)
-        beside = (i - (len(arms) - 1) / 2) * .8 / len(arms)    # arms stand side by side
-        x = np.arange(len(kinds)) + beside
-        ax.errorbar(x, middle, half, fmt=MARK[arm], color=INK[arm], label=arm, ms=5, lw=1, mec='black',
-                    mew=.4)
-    ax.axhline(0, color='black', lw=.7)
+    looks = {arm: (arm, INK[arm], MARK[arm]) for arm in arms}
+    side_by_side(ax, found, [(part, kind) for kind in kinds], other, looks)
     ax.set_xticks(range(len(kinds)), kinds)
-    ax.set_ylabel(f'points above {base}')
+    ax.set_ylabel(f'points above {other}')
     seeds = seeds_of(found, shown)
     ax.set_title(f'{part}, test split: paired differences, 95% t intervals, {seeds}', loc='left')
     ax.legend(ncol=max(1, len(arms)), loc='upper center', bbox_to_anchor=(.5, -.12))
@@ -164,7 +181,7 @@ def draw_curve(ax, arm: str, lines: list):
 
 def curves(out: Path, found, shown, panels: dict, y_label: str, x_label: str, name: str):
     """panels: {title: function of a result -> [(x, y)]}."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), squeeze=False)
     for ax, (title, curve) in zip(axes[0], panels.items()):
         for arm in shown:
@@ -190,28 +207,28 @@ def by_layer(part: str, key: str):
     return lambda result: list(enumerate(result['scores'][part][key]))
 
 
-def moved_most(found, shown, base: str, types) -> list:
-    """The two types of question in which some arm is farthest from the base."""
+def moved_most(found, shown, other: str, types) -> list:
+    """The two types of question in which some arm is farthest from the arm `other`."""
 
     def farthest(kind):
-        effects = [difference(found, arm, base, ('understanding', kind)) for arm in shown]
-        return max(abs(e['value']) for e in effects if e['n'])
+        effects = [difference(found, arm, other, ('understanding', kind)) for arm in shown]
+        return max([abs(e['value']) for e in effects if e['n']], default=0)
 
     return sorted(types, key=farthest, reverse=True)[:2]
 
 
 def figures(out: Path, found):
     """gains.png, generation.png, convergence.png; of the procedural world probe.png, attention.png."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     plt.rcParams.update(LOOK)
     shown = [arm for arm in INK if arm in found]
-    base = 'sft' if 'sft' in found else shown[0]
-    gains(out, found, shown, 'understanding', base, 'gains.png')
-    gains(out, found, shown, 'generation', base, 'generation.png')
+    other = 'sft' if 'sft' in found else shown[0]
+    gains(out, found, shown, 'understanding', other, 'gains.png')
+    gains(out, found, shown, 'generation', other, 'generation.png')
     types = names_of(found, 'understanding')
     chosen = ('shape', 'what')
     if 'shape' not in types:                                   # real pictures
-        chosen = moved_most(found, shown, base, types[1:])
+        chosen = moved_most(found, shown, other, types[1:])
     panels = {'mean of visual types': by_step('mean')}
     for kind in chosen:
         panels[kind] = by_step(kind)
@@ -276,7 +293,7 @@ def samples(out: Path, found, world, n=6):
         if arm not in found:
             continue
         tok, umm, world.text, _, meta = a_model(out, arm, found[arm])
-        name = 'none' if arm == 'none' else meta['settings']['proxy']
+        name = meta['taught']
         if name != 'none':
             s, _, _ = world.maps_to_draw('test', 0, n, name, stream='samples')
             codes = umm.generate(s, temperature=0)
@@ -294,11 +311,10 @@ def samples(out: Path, found, world, n=6):
 def draw_all(out: Path, found):
     """The figures, as far as matplotlib is there, and the pictures."""
     try:
-        import matplotlib
-    except ImportError:
-        print('no figures: pip install matplotlib')
+        pyplot()
+    except UserError as e:
+        print(e)
     else:
-        matplotlib.use('Agg')
         if any(arm in INK for arm in found):
             figures(out, found)
             sweeps(out, found)

@@ -104,18 +104,12 @@ def draw_costs(ax, found):
 def draw_gains(ax, found):
     """Points above questions alone at equal FLOPs, by group."""
     arms = [arm for arm in STYLES if arm in found and arm != 'sft-flops']
+    looks = {arm: STYLES[arm][:3] for arm in arms}             # without the dashes
     groups = report.GROUPS
-    for i, arm in enumerate(arms):
-        label, ink, mark, _ = STYLES[arm]
-        effects = [report.difference(found, arm, 'sft-flops', ('understanding', kinds))
-                   for kinds in groups.values()]
-        middle, half = figures.bars(effects)
-        beside = (i - (len(arms) - 1) / 2) * .8 / len(arms)    # arms stand side by side
-        x = np.arange(len(groups)) + beside
-        ax.errorbar(x, middle, half, fmt=mark, color=ink, label=label, ms=5, lw=1, mec='black', mew=.4)
+    paths = [('understanding', kinds) for kinds in groups.values()]
+    figures.side_by_side(ax, found, paths, 'sft-flops', looks)
     names = ['\n'.join([f'{group}:', *kinds]) for group, kinds in groups.items()]
     ax.set_xticks(range(len(groups)), names, fontsize=7)
-    ax.axhline(0, color='black', lw=.7)
     ax.set_ylabel('points above questions alone')
     title = f'400 steps, equal FLOPs, test split, {figures.seeds_of(found, arms)}'
     ax.set_title(title, loc='left', fontsize=9)
@@ -123,9 +117,7 @@ def draw_gains(ax, found):
 
 def figure(found, path: Path):
     """Both panels."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = figures.pyplot()
     plt.rcParams.update(figures.LOOK)
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     draw_costs(left, found)
@@ -149,7 +141,10 @@ def main():
         return
     if a.scores is None or not a.scores.is_file():
         raise UserError(f'no file of scores: {a.scores}; name one, as experiments.reproduce writes it')
-    figure(report.collect(a.scores), a.out)
+    found = report.collect(a.scores)
+    if not {'sft-flops', 'seg-order', 'readout-flops'} <= found.keys():
+        raise UserError(f"{a.scores} lacks arms of the plan `channel`; it has: {', '.join(found)}")
+    figure(found, a.out)
     print(f'wrote {a.out}')
 
 

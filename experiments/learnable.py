@@ -103,14 +103,17 @@ def trained(world: Folder, numbers: Numbers, steps: int, B=32) -> Net:
     """On random questions about random training pictures."""
     torch.manual_seed(0)
     net = Net(len(numbers.words) + 1, len(numbers.answers) + 1)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)    # its highest learning rate
+    asked = [row for row in world.rows['train'] if row['qa']]
     for step in tqdm(range(steps), 'cnn'):
-        rows, r, rng = world.scenes('train', 'learnable', step, B)
-        turns = [rng.choices(row['qa'], k=EACH) for row in rows if row['qa']]
-        asked = [bool(row['qa']) for row in rows]
+        rng = data.python_random(world.seed, 'train', 'learnable', step)
+        rows = rng.choices(asked, k=B)
+        turns = [rng.choices(row['qa'], k=EACH) for row in rows]
         question, answer = numbers.of(turns)
-        logits = net(r.image[asked], question)
+        chosen = [row['index'] for row in rows]
+        image = world.arrays['train.image'][chosen] / 255                             # [B,3,S,S]
+        logits = net(image, question)
         F.cross_entropy(logits, answer.flatten()).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.)
         optimizer.step()
@@ -146,12 +149,16 @@ def main(argv=None):
     p.add_argument('--n', type=int, default=512, help='pictures for the blind guess (default 512)')
     p.add_argument('--threads', type=int, default=1, help='CPU threads (default 1)')
     a = p.parse_args(argv)
+    for name, least in (('size', 16), ('steps', 1), ('n', 1), ('threads', 1)):
+        value = getattr(a, name)
+        if value < least:
+            raise data.UserError(f'--{name} is {value}: {least} or more')
     torch.set_num_threads(a.threads)
-    tell(Folder(a.folder, a.size), a.steps, a.n)
+    print_table(Folder(a.folder, a.size), a.steps, a.n)
 
 
-def tell(world: Folder, steps=1500, n=512):
-    """Print the table."""
+def print_table(world: Folder, steps=1500, n=512):
+    """Each type of question: the CNN, the blind guess, is it kept?"""
     if not world.kinds:
         raise data.UserError(f'{world.root} has no questions')
     guess = blind(world, n, 'val')

@@ -2,16 +2,16 @@
 
     python -m experiments.losses out/cpu        losses.png of a run of train.py: "is my loss normal?"
 """
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import data  # before torch: it tells OpenMP how to wait
 
 import model
 from data import UserError
-from experiments.figures import INK
+from experiments.figures import INK, pyplot
 
 
 def read_log(path: Path) -> list[dict]:
@@ -31,12 +31,7 @@ def points_of(lines: list, name: str, pre_steps: int) -> list:
 
 def losses(run: Path):
     """losses.png: each loss of a run by step, and beside it that of a uniform guess, ln V or ln K."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('losses.png needs matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     _, umm, text, _, meta = model.load(run / 'model.safetensors')
     s = meta['settings']
     lines = read_log(run / 'log.jsonl')
@@ -66,6 +61,13 @@ def losses(run: Path):
     print(f'wrote {run}/losses.png')
 
 
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument('run', nargs='?', type=Path, default='out/cpu', help='default %(default)s')
+    a = p.parse_args()
+    losses(a.run)
+
+
 if __name__ == '__main__':
-    folder = sys.argv[1] if len(sys.argv) > 1 else 'out/cpu'
-    data.guard(lambda: losses(Path(folder)))
+    data.guard(main)

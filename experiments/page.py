@@ -121,7 +121,9 @@ class Player:
         self.tok, self.umm, self.text, _, meta = load(checkpoint, device)
         self.settings = meta['settings']
         self.words = meta['words']                             # that training showed
-        self.map = str(self.settings.get('proxy'))             # a stranger's file may say anything
+        self.map = str(meta['taught'])                         # a stranger's file may say anything
+        if meta['trained'] in ('', 'tokenizer'):
+            raise UserError(f'{checkpoint} can neither draw nor answer yet: train.py --resume goes on')
         self.size = self.umm.c.size
         self.world = None                                      # opened when a random picture is wanted
 

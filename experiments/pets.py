@@ -3,8 +3,8 @@
     python -m experiments.prepare pets DOWNLOADS OUT
 """
 import random
-import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,13 +59,11 @@ def pets_in(path: Path) -> list[Pet]:
 
 def write_folder(a):
     """The command `pets`."""
-    tmp = a.out.with_name(a.out.name + '.unpacked')
-    try:
-        images = unpacked(a.downloads, 'images', tmp)
-        notes = unpacked(a.downloads, 'annotations', tmp)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=a.out.parent) as tmp:
+        images = unpacked(a.source, 'images', Path(tmp))
+        notes = unpacked(a.source, 'annotations', Path(tmp))
         write_pets(a, images, notes)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def write_pets(a, images: Path, notes: Path):

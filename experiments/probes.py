@@ -17,7 +17,7 @@ PAIRS = (('circle', 'ring'), ('square', 'cross'))           # the shapes hardest
 
 
 @torch.no_grad()
-def features(umm, tok, world, split: str, n: int):
+def features(umm, world, split: str, n: int):
     """-> (states of the picture's positions per layer [n_layer + 1, n * N, C], labels {task: [n * N]},
     -1 = not asked)."""
     scenes, r, _ = world.scenes(split, 'probe', 0, n)
@@ -111,12 +111,12 @@ def one_or_other(y, pair):
     return out
 
 
-def probe(umm, tok, world, n=400) -> dict:
+def probe(umm, world, n=400) -> dict:
     """Balanced accuracy per task and layer on scenes that the probe has not seen (and accuracy on PAIRS
     of shapes). `control`: as shape, but random labels, scored on the patches that the probe was fitted
     to: what it can memorise (after Hewitt & Liang 2019)."""
-    X, y = features(umm, tok, world, 'train', n)
-    X_test, y_test = features(umm, tok, world, 'test', n // 2)
+    X, y = features(umm, world, 'train', n)
+    X_test, y_test = features(umm, world, 'test', n // 2)
     scores = {}
     for task in y:
         if task == 'control':
@@ -177,11 +177,11 @@ def buckets(text, line: str) -> list[str]:
 def attention_shares(umm, tok, world, n=128) -> dict:
     """Per layer, mean over heads and pictures: see the two functions below."""
     scenes, r, rng = world.scenes('test', 'attention', 0, n)
-    shares = shares_while_answering(umm, tok, world, scenes, r, rng)
+    shares = shares_while_answering(umm, world, scenes, r, rng)
     return shares | shares_while_drawing(umm, tok, world, scenes, r, rng)
 
 
-def shares_while_answering(umm, tok, world, scenes, r, rng) -> dict:
+def shares_while_answering(umm, world, scenes, r, rng) -> dict:
     """From the position that answers 'where is the X?': the share of mass on the picture, on the patches
     of X, on text."""
     N = len(umm.rc)
@@ -213,7 +213,7 @@ def shares_while_drawing(umm, tok, world, scenes, r, rng) -> dict:
     on text."""
     N = len(umm.rc)
     prompts = [data.caption(scene.objects, 'list', rng) for scene in scenes]
-    plans = [data.caption(scene.objects, 'place', rng) for scene in scenes]
+    plans = [world.describe(scene, 'place', rng) or '' for scene in scenes]
     s = data.pack(world.text, [[turn] for turn in zip(prompts, plans)], device=world.device)
     s.codes = tok.encode(r.image)
     with recorded() as kept:

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
+from data import UserError, written_whole
 
 MARGIN = .005                    # half a point: the smallest effect that the paper reports
 RULE = """\
-A claim is *supported* if the interval excludes 0 and has the claimed sign, *opposite* if it excludes 0
-with the other sign, *no effect* if it lies within half a point of 0 (the smallest effect that the paper
-reports), else *undecided*. A claim that nothing moves is supported if the interval lies within half a
-point of 0, opposite if it excludes 0. Intervals are Student's t over seeds, not corrected for the
-number of claims. The last column says which of the primary claims, which were named before the runs,
-survive Holm's correction among themselves; the others are secondary. The paper's effects are those of
-the same contrast."""
+A claim has *no effect* if the interval lies within half a point of 0 (the smallest effect that the
+paper reports); else it is *supported* if the interval excludes 0 and has the claimed sign, *opposite*
+if it excludes 0 with the other sign, *undecided* if it holds 0. A claim that nothing moves is
+supported if the interval lies within half a point of 0, opposite if it excludes 0. Intervals are
+Student's t over seeds, not corrected for the number of claims. The last column says which of the
+primary claims, which were named before the runs, survive Holm's correction among all that were named,
+run or not; the others are secondary. The paper's effects are those of the same contrast."""
 
 # ---- what is claimed ----
 # Where in the scores of a result a figure stands; of layers 'middle' or 'last'
@@ -138,7 +138,7 @@ BASELINES = {
     'seg-order': 'sft-flops', 'seg-masked': 'sft-flops', 'seg-blind': 'sft-flops',
     'readout-flops': 'sft-flops', 'told-flops': 'sft-flops',
 }
-ENDINGS = {
+ENDINGS = {                      # of names
     '-x3': 'sft-x3-flops', '-x3-flops': 'sft-x3-flops',        # at equal FLOPs
     '-alone': 'none-alone', '-alone-slow': 'none-alone-slow', '-bare-slow': 'none-bare-slow',
 }
@@ -152,7 +152,8 @@ GROUPS = {
 
 
 def baseline(arm: str) -> str:
-    """The arm of questions alone that differs from an arm in its maps only."""
+    """The arm that an arm is compared with in tables: questions alone, as far as there is such an arm
+    on the same base, with the same questions and steps or FLOPs."""
     for ending, other in ENDINGS.items():
         if arm.endswith(ending):
             return other
@@ -162,6 +163,7 @@ def baseline(arm: str) -> str:
 
 
 # ---- statistics ----
+# Student's distribution by summing its density: all that would be used of scipy.
 @lru_cache
 def t_table(df: int):
     """Angles and Student's distribution there: t = sqrt(df) tan(a); a has density ~ cos(a)^(df-1)."""
@@ -216,18 +218,22 @@ def verdict(e: dict, no_change=False) -> str:
     return 'opposite' if below else 'undecided'
 
 
-def holm(ps: list) -> list:
-    """Which of the p values (None = no test) stay below .05 after Holm's step-down correction."""
+def holm(ps: list, named: int) -> list:
+    """Which of the p values (None = no test) stay below .05 after Holm's step-down correction for as
+    many tests as were `named` before, run or not."""
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     kept = [False for _ in ps]
     for rank, (p, i) in enumerate(order):
-        if p > .05 / (len(order) - rank):
+        if p > .05 / (named - rank):
             break
         kept[i] = True
     return kept
 
 
 # ---- results ----
+KEYS = {'arm', 'seed', 'plan', 'scores', 'log', 'steps', 'seconds'}        # of a result
+
+
 def curve_of(result: dict, key: str) -> list:
     """[(step of post-training, validation figure)]; a line lacks a figure of which nothing was asked."""
     curve = []
@@ -238,8 +244,8 @@ def curve_of(result: dict, key: str) -> list:
 
 
 def look_up(result: dict, path: tuple):
-    """A score by its path; layers by 'middle' or 'last'; a tuple of names: their mean; 'half':
-    validation accuracy at half time."""
+    """A score by its path, None where it was not measured; layers by 'middle' or 'last'; a tuple of
+    names: their mean; 'half': validation accuracy at half time."""
     if path == HALF:
         return dict(curve_of(result, 'mean')).get(result['steps'] // 2)
     value = result['scores']
@@ -247,8 +253,8 @@ def look_up(result: dict, path: tuple):
         if value is None:
             return None
         if isinstance(key, tuple):
-            each = [value_of(value[name]) for name in key]
-            value = sum(each) / len(each)
+            each = [value_of(value.get(name)) for name in key]
+            value = None if None in each else sum(each) / len(each)
         elif key == 'middle':
             value = value[len(value) // 2]
         elif key == 'last':
@@ -281,9 +287,20 @@ def all_results(found: dict) -> list:
 def results_in(out: Path) -> list:
     """The results of all finished arms of a folder, or those that a scores.json holds."""
     if out.is_file():
-        return json.loads(out.read_text())
+        return scores_in(out)
     results = [json.loads(path.read_text()) for path in sorted(out.glob('seed*/*/result.json'))]
     return [result for result in results if result['scores']]  # a base has none
+
+
+def scores_in(path: Path) -> list:
+    """Of a scores.json as write_scores() writes it; train.py and eval.py write others of that name."""
+    try:
+        results = json.loads(path.read_text())
+        if all(KEYS <= result.keys() for result in results):
+            return results
+    except (ValueError, TypeError, AttributeError):
+        pass                                                   # it is none, as where a key is missing
+    raise UserError(f'{path} is no scores.json of experiments.reproduce')
 
 
 def collect(out: Path) -> dict:
@@ -306,7 +323,13 @@ def collect(out: Path) -> dict:
 def write_scores(path: Path, found):
     """All results as one small JSON file: a line each."""
     lines = [json.dumps(compact(result)) for result in all_results(found)]
-    path.write_text('[\n' + ',\n'.join(lines) + '\n]\n')
+    write(path, '[\n' + ',\n'.join(lines) + '\n]\n')
+
+
+def write(path: Path, text: str):
+    """Whole or not at all."""
+    with written_whole(path) as part:
+        part.write_text(text)
 
 
 def difference(found, arm, other, path):
@@ -344,7 +367,9 @@ def claims_of(found) -> list[dict]:
     families = {row['family'] for row in rows if row['family']}
     for family in families:
         primary = [row for row in rows if row['family'] == family]
-        for row, kept in zip(primary, holm([row['p'] for row in primary])):
+        named = len([claim for claim in CLAIMS if claim.family == family])
+        kept_of_all = holm([row['p'] for row in primary], named)
+        for row, kept in zip(primary, kept_of_all):
             row['survives_holm'] = kept
     return rows
 
@@ -385,7 +410,9 @@ def table_of_claims(claims) -> str:
         effect = points({'value': c['effect'], 'low': c['low'], 'high': c['high']})
         row = [c['claim'], c['arms'], effect, c['seeds'], c['paper'], c['verdict']]
         after = 'secondary'
-        if c['family']:
+        if c['family'] and c['p'] is None:                     # one seed: nothing can be tested
+            after = '-'
+        elif c['family']:
             after = 'survives' if c['survives_holm'] else 'does not survive'
         row.append(after)
         rows.append(row)
@@ -400,7 +427,7 @@ def mean_text(results, path) -> str:
 
 
 def above(found, arm: str, path: tuple) -> str:
-    """An arm's effect over its baseline; with the number of pairs, where it has more seeds than these."""
+    """An arm's effect over its baseline; with the number of pairs, where the arm has more seeds."""
     e = difference(found, arm, baseline(arm), path)
     text = points(e)
     if 0 < e['n'] < len(found[arm]):
@@ -442,7 +469,8 @@ def tables(found) -> str:
     tested = [c for c in claims if c['p'] is not None and not c['no_change']]
     head = f'# Claims\n\n{len(tested)} differences tested, paired by seed, in points.\n{RULE}\n'
     parts = [head, table_of_claims(claims)]
-    if 'shape' in names_of(found, 'understanding'):
+    all_kinds = {kind for kinds in GROUPS.values() for kind in kinds}
+    if all_kinds <= set(names_of(found, 'understanding')):     # the procedural world's
         parts.append('\n# Understanding by group of questions: points above the baseline, test split\n')
         parts.append(table_of_groups(found))
     for title in ('Understanding', 'Generation', 'Drawing', 'Segmentation', 'Probe', 'Attention'):
@@ -466,14 +494,14 @@ def report(out: Path) -> dict:
     found = collect(out)
     if out.is_file():
         path = out.with_suffix('.md')
-        path.write_text(tables(found))
+        write(path, tables(found))
         print(f'wrote {path}')
         return found
     write_scores(out / 'scores.json', found)
     small = collect(out / 'scores.json')                       # the tables are those of this file
     claims = claims_of(small)
-    (out / 'claims.json').write_text(json.dumps(claims, indent=1) + '\n')
-    (out / 'report.md').write_text(tables(small))
+    write(out / 'claims.json', json.dumps(claims, indent=1) + '\n')
+    write(out / 'report.md', tables(small))
     print(RULE + '\n\n' + table_of_claims(claims))
     print(f'\nwrote {out}/report.md, claims.json, scores.json')
     return found

@@ -55,6 +55,7 @@ class Arm:
     pictures: int = 0                  # distinct ones with maps, 0: endless
     questions: int = 0                 # distinct pictures with questions, 0: endless
     base: str = 'base'                 # the pre-trained run that it starts from
+    needs: str = 'image'               # what of a Rendering its maps need beside those of the proxy
     flags: dict = field(default_factory=dict)                      # others of train.py
     control: train.Control = field(default_factory=train.Control)
 
@@ -85,29 +86,33 @@ CHANNEL_ARMS = {
     'seg-masked': Arm(control=train.Control(map_loss=channels.masked)),
     'seg-readout': Arm(control=train.Control(map_loss=channels.readout)),
     'seg-told': Arm(control=train.Control(map_loss=channels.told)),
-    'all-three': Arm(control=train.Control(map_loss=channels.in_turns)),
+    'all-three': Arm(control=train.Control(map_loss=channels.in_turns), needs='depth'),
 }
 EQUAL_ARMS = {
     'sft-flops': Arm('none', longer=LONGER['sft']),
     'readout-flops': replace(CHANNEL_ARMS['seg-readout'], longer=LONGER['seg-readout']),
     'told-flops': replace(CHANNEL_ARMS['seg-told'], longer=LONGER['seg-told']),
 }
-CONTENTS = {'regions': channels.regions, 'silhouette': channels.silhouette, 'cutout': channels.cutout,
-            'blank': channels.blank}
+CONTENTS = {                           # and what of a Rendering each needs
+    'regions': (channels.regions, 'instance'),
+    'silhouette': (channels.silhouette, 'instance'),
+    'cutout': (channels.cutout, 'instance'),
+    'blank': (channels.blank, 'image'),
+}
 CONTENT_ARMS = {}
-for _name, _content in CONTENTS.items():
-    CONTENT_ARMS[f'{_name}-order'] = Arm(flags={'hide': 0}, control=channels.teaching(_content))
-    CONTENT_ARMS[f'{_name}-readout'] = Arm(control=channels.teaching(_content, channels.readout))
+for _name, (_content, _needs) in CONTENTS.items():
+    _generated = channels.teaching(_content)
+    _read_off = channels.teaching(_content, channels.readout)
+    CONTENT_ARMS[f'{_name}-order'] = Arm(flags={'hide': 0}, control=_generated, needs=_needs)
+    CONTENT_ARMS[f'{_name}-readout'] = Arm(control=_read_off, needs=_needs)
 # On a base that knows shapes from questions alone, the nearest to a large model that knows its objects.
-# Batches are counted on, so that no picture of the base comes again (cpu preset, arms of 400 steps).
-LATER = {'pre_steps': 2660}
 KNOWN_ARMS = {
     'known-none': Arm('none', trained=False, base='known'),
-    'known-sft': Arm('none', base='known', flags=LATER),
-    'known-edge': Arm('edge', base='known', flags=LATER),
-    'known-seg': Arm('seg', base='known', flags=LATER),
-    'known-order': replace(CHANNEL_ARMS['seg-order'], base='known', flags={'hide': 0, **LATER}),
-    'known-readout': replace(CHANNEL_ARMS['seg-readout'], base='known', flags=LATER),
+    'known-sft': Arm('none', base='known'),
+    'known-edge': Arm('edge', base='known'),
+    'known-seg': Arm('seg', base='known'),
+    'known-order': replace(CHANNEL_ARMS['seg-order'], base='known'),
+    'known-readout': replace(CHANNEL_ARMS['seg-readout'], base='known'),
 }
 # Three times the steps: does it end higher, or was it only sooner?
 LONG_ARMS = {
@@ -151,11 +156,12 @@ ARMS = {
     **DRAW_ARMS,
     **BARE_ARMS,
 }
-BASES = {                          # and their flags of train.py
-    'base': {},
-    'known': {},
-    'bare': {'pre_steps': 2000},   # without plans drawing is learned later
+BASES = {                          # and how many times the steps of pretraining each has
+    'base': 1,
+    'known': 1,
+    'bare': 3,                     # without plans drawing is learned later
 }
+KNOWN = 5                          # as many times the steps of an arm of questions alone: `known`
 PLANS = {
     'main': ('none', 'sft', 'edge', 'recon', 'denoise', 'inpaint', 'depth', 'instance', 'seg',
              'shuffled'),
@@ -219,7 +225,7 @@ class Bare(data.World):
 
 
 # ---- one arm ----
-def plan_of(a) -> list:
+def conditions_of(a) -> list:
     """What all arms of one folder share; others must not be mixed in."""
     return [a.preset, a.n, RECIPE, a.data, a.steps, a.dtype]
 
@@ -233,6 +239,7 @@ def as_flags(values: dict) -> list[str]:
 
 def flags_of(a, seed: int, base: str) -> list[str]:
     """The flags of train.py that a base and its arms share: they all compute alike."""
+    pre_steps = train.parse(['--preset', a.preset]).pre_steps
     values = {
         'preset': a.preset,
         'seed': seed,
@@ -240,7 +247,7 @@ def flags_of(a, seed: int, base: str) -> list[str]:
         'dtype': a.dtype,
         'threads': a.threads,
         **STEPS[a.preset],
-        **BASES[base],
+        'pre_steps': BASES[base] * pre_steps,
     }
     if a.steps:
         values['post_steps'] = a.steps
@@ -265,10 +272,10 @@ def begin(folder: Path, flags: list, base: str) -> train.Run:
 
 
 def run_base(a, seed: int, base: str, folder: Path) -> train.Run:
-    """The first two stages; `known`: and questions without maps, five times as many steps as an arm."""
+    """The first two stages; `known`: and questions without maps."""
     flags = flags_of(a, seed, base)
     steps = train.parse(flags).post_steps
-    run = begin(folder, flags + as_flags({'proxy': 'none', 'post_steps': 5 * steps}), base)
+    run = begin(folder, flags + as_flags({'proxy': 'none', 'post_steps': KNOWN * steps}), base)
     train.train_tokenizer(run)
     train.pretrain(run)
     if base == 'known':
@@ -280,10 +287,12 @@ def run_base(a, seed: int, base: str, folder: Path) -> train.Run:
 def run_arm(a, seed: int, arm: Arm, folder: Path) -> train.Run:
     """The third one, as the arm has it."""
     flags = flags_of(a, seed, arm.base)
-    steps = train.parse(flags).post_steps
+    s = train.parse(flags)
     pretrained = folder.parent / arm.base / 'pretrained.safetensors'
-    values = {'proxy': arm.proxy, 'init': pretrained, 'post_steps': round(arm.longer * steps)}
-    values |= arm.flags
+    steps = round(arm.longer * s.post_steps)
+    values = {'proxy': arm.proxy, 'init': pretrained, 'post_steps': steps, **arm.flags}
+    if arm.base == 'known':        # batches are counted on: no picture of the base comes again
+        values['pre_steps'] = s.pre_steps + KNOWN * s.post_steps
     run = begin(folder, flags + as_flags(values), arm.base)
     run.control = arm.control
     world = run.world
@@ -329,7 +338,7 @@ def work(a, seed: int, name: str):
     result = {
         'arm': name,
         'seed': seed,
-        'plan': plan_of(a),
+        'plan': conditions_of(a),
         'commit': version,
         'threads': run.s.threads,
         'seconds': time.time() - start,
@@ -342,8 +351,8 @@ def work(a, seed: int, name: str):
 
 
 def measure(run: train.Run, n: int) -> dict:
-    """All scores of an arm, on test scenes that are the same for every arm and seed. Of real pictures no
-    scenes are known: there are no probes and no attention shares."""
+    """All scores of an arm, on test scenes that are the same for every arm and seed; writes samples.png.
+    Of real pictures no scenes are known: there are no probes and no attention shares."""
     umm, tok, world = run.umm, run.tok, copy.copy(run.world)
     world.seed = 0
     n = min(n, world.limit('test'))
@@ -351,11 +360,12 @@ def measure(run: train.Run, n: int) -> dict:
     if world.exact:
         scores['generation'] = evaluation.generation(umm, tok, world, max(2, n // 12), run.s.cfg)
         scores['drawing'] = drawing.measure(umm, tok, world, 2 * n)
-        scores['probe'] = probes.probe(umm, tok, world, max(50, n * 3 // 4))
+        scores['probe'] = probes.probe(umm, world, max(50, n * 3 // 4))
         scores['attention'] = probes.attention_shares(umm, tok, world, max(16, n // 4))
     elif world.captions:
         scores['generation'] = reader.recognition(umm, tok, world, min(n, 192), run.s.cfg)
-    scores['understanding'] = evaluation.understanding(umm, tok, world, n)
+    if world.kinds:
+        scores['understanding'] = evaluation.understanding(umm, tok, world, n)
     if run.s.proxy == 'seg' and 'seg' in world.maps:
         scores['segmentation'] = evaluation.segmentation(umm, tok, world, max(16, n // 4))
     sample.picture(umm, tok, world, run.s.cfg, run.s.proxy).save(run.dir / 'samples.png')
@@ -368,7 +378,7 @@ def finished(a, seed: int, name: str) -> bool:
     path = a.out / f'seed{seed}' / name / 'result.json'
     if not path.exists():
         return False
-    if json.loads(path.read_text())['plan'] != plan_of(a):
+    if json.loads(path.read_text())['plan'] != conditions_of(a):
         raise UserError(f'{path} is of another --preset, --n, --data, --steps, --dtype or recipe: '
                         'choose another --out, or delete its folder')
     return True
@@ -443,7 +453,9 @@ def parse(argv=None):
     p.add_argument('--report', nargs='?', const='out', default='', metavar='FILE',
                    help='write the report only; of a scores.json: its tables, beside it')
     a = p.parse_args(argv)
-    arms = a.arms.split(',') if a.arms else PLANS[a.only]
+    arms = PLANS[a.only]
+    if a.arms:
+        arms = list(dict.fromkeys(a.arms.split(',')))          # each once
     check(a, arms)
     a.device = 'cpu'
     if a.preset == 'gpu':
@@ -484,7 +496,12 @@ def teachable(a, arms) -> list:
     size = train.parse(['--preset', a.preset]).size
     world = open_world(a.data, size, 0, 'cpu', None, a.skip_bad)
     known = (*world.maps, 'none')
-    without = [arm for arm in arms if ARMS[arm].proxy not in known or ARMS[arm].base == 'bare']
+    there = (*world.annotated, 'image')
+    without = []
+    for name in arms:
+        arm = ARMS[name]
+        if arm.proxy not in known or arm.needs not in there or arm.base == 'bare':
+            without.append(name)
     if without:
         print(f"{a.data} cannot teach {', '.join(without)}: left out (no such maps, or they want the "
               'procedural world without plans)')
@@ -493,7 +510,7 @@ def teachable(a, arms) -> list:
 
 def main(argv=None):
     a, arms = parse(argv)
-    if a.report.endswith('.json'):
+    if a.report not in ('', 'out'):                        # a file is named
         report.report(Path(a.report))
         return
     os.environ['TQDM_DISABLE'] = '1'                       # the workers' bars would mix
@@ -506,11 +523,15 @@ def main(argv=None):
             failed = execute(a, arms)
         except OSError as e:
             raise UserError(f'cannot write to {a.out} ({e.strerror}): choose another --out')
-        except (KeyboardInterrupt, BrokenExecutor):
+        except BrokenExecutor:
+            raise UserError('a run was killed: out of memory? The same command goes on; --jobs 1 needs '
+                            'less')
+        except KeyboardInterrupt:
             raise UserError('stopped; finished arms are kept: the same command goes on')
     torch.set_num_threads(a.threads)       # two threads on a busy machine can be many times slower
-    found = report.report(a.out)
-    figures.draw_all(a.out, found)
+    if not failed or report.results_in(a.out):
+        found = report.report(a.out)
+        figures.draw_all(a.out, found)
     if failed:
         raise UserError('failed: ' + '; '.join(failed) +
                         '. See out.txt there; the same command tries again')

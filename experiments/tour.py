@@ -14,13 +14,17 @@ from pathlib import Path
 from textwrap import fill
 
 import data  # before torch: it tells OpenMP how to wait
-import matplotlib.pyplot as plt
-
 from data import UserError
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    data.fail('the tour needs more packages: pip install -r experiments/requirements-tour.txt')
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = Path(__file__).with_name('tour_cells.py')
 MOST = 2_000_000               # bytes of a notebook that code hosts still show
+NEEDED = ('pretrained.safetensors', 'model.safetensors')       # before and after post-training
 
 
 # ---- pictures in cells ----
@@ -124,7 +128,8 @@ def main(argv=None):
     p.add_argument('--run', default='out/cpu', help='folder of a finished run (default %(default)s)')
     p.add_argument('--out', type=Path, default=CELLS.with_name('tour.ipynb'), help='default %(default)s')
     a = p.parse_args(argv)
-    if not (Path(a.run) / 'pretrained.safetensors').exists():
+    missing = [name for name in NEEDED if not (Path(a.run) / name).exists()]
+    if missing:
         raise UserError(f'{a.run} is no finished run: make one with `python train.py`')
     import nbformat
     text = nbformat.writes(build(os.path.relpath(a.run, ROOT)))

@@ -439,7 +439,7 @@ bars(groups, kinds, 'share right')
 # %%
 curves = {}
 for name, network in BOTH.items():
-    found = probes.probe(network, tok, world, many)
+    found = probes.probe(network, world, many)
     for task in ('shape', 'colour'):
         points = enumerate(found[task])
         curves[f'{task}, {name}'] = list(points)

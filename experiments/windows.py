@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import CELLS, SPLITS, UserError, and_between
+from experiments.writer import Writer, with_article
 from folder import FOLDERS, TEXTS, class_names, upright
 
 IGNORED = 255
@@ -61,10 +62,21 @@ def rows_in(folder: Path):
                 continue
             try:
                 row = json.loads(line)
-                with Image.open(path.parent / text_in(row, 'mask')) as mask:
-                    yield split, row, path.parent / row['file_name'], np.array(mask)
+                picture = path.parent / row['file_name']
+                mask = read_mask(path.parent / text_in(row, 'mask'))
             except (LookupError, AttributeError, TypeError, ValueError, OSError) as e:
-                raise UserError(f'{path}:{n} has no mask, by which windows are cut: {e!r:.100}')
+                raise UserError(f'{path}:{n} is no row with a picture and a mask, by which windows are '
+                                f'cut: {e!r:.100}')
+            yield split, row, picture, mask
+
+
+def read_mask(path: Path):
+    """An indexed PNG, upright -> uint8 [h, w]."""
+    with Image.open(path) as im:
+        im = ImageOps.exif_transpose(im)                       # as its picture
+        if im.mode not in ('P', 'L'):
+            raise ValueError(f'{path.name} has mode {im.mode}; it must be P or L')
+        return np.array(im)
 
 
 def kept_classes(folder: Path, n: int, grounds: list) -> Kept:
@@ -116,6 +128,9 @@ def windows_in(folder: Path, kept: Kept, side: int, each: int, whole: bool, rng)
     """`each` windows of each picture around different classes, or the whole picture."""
     for split, row, path, mask in rows_in(folder):
         image = upright(path)
+        if image.size != mask.shape[::-1]:
+            raise UserError(f'the mask of {path} is {mask.shape[::-1]}, the upright picture '
+                            f'{image.size}: make them alike')
         mask = kept.numbers[mask]
         depth = {o['name']: o['depth'] for o in row.get('objects', ()) if 'depth' in o}
         if whole:
@@ -158,12 +173,6 @@ def regions_in(mask, kept: Kept) -> list[Region]:
         box = Image.fromarray(inside).getbbox()
         found.append(Region(name, share, x, y, corners, box))
     return sorted(found, key=lambda region: region.x)
-
-
-def with_article(name: str) -> str:
-    """'an oak tree'."""
-    article = 'an' if name[0] in 'aeiou' else 'a'
-    return f'{article} {name}'
 
 
 def candidates(window: Window, regions: list[Region], kept: Kept) -> list:
@@ -252,6 +261,9 @@ def questions(windows: list[Window], regions: list, kept: Kept, without: list, r
 
 
 # ---- all windows ----
+KINDS = ('exist', 'what', 'at', 'where', 'half', 'size', 'larger', 'nearer', 'side')
+
+
 def asked_windows(folder: Path, kept: Kept, side: int, each: int, whole: bool, without: list, seed: int):
     """Yields (split, picture, mask, [(name, box)], caption, [(type, question, answer)])."""
     rng = random.Random(seed)
@@ -266,3 +278,18 @@ def asked_windows(folder: Path, kept: Kept, side: int, each: int, whole: bool, w
             caption = window.caption or and_between(names or ['nothing'])
             objects = [(region.name, region.box) for region in found]
             yield split, window.image, Image.fromarray(window.mask), objects, caption, qa
+
+
+def write_folder(a):
+    """The command `windows`."""
+    if a.each < 1 or a.classes < 1:
+        raise UserError(f'--each is {a.each}, --classes {a.classes}: 1 or more of both')
+    without = [kind for kind in a.without.split(',') if kind]
+    unknown = [kind for kind in without if kind not in KINDS]
+    if unknown:
+        raise UserError(f"--without names {unknown[0]!r}; there are: {', '.join(KINDS)}")
+    grounds = list(dict.fromkeys(name for name in a.ground.split(',') if name))        # each once
+    kept = kept_classes(a.source, a.classes, grounds)
+    with Writer(a.out, a.side, kept.names) as writer:
+        rows = asked_windows(a.source, kept, a.side, a.each, a.whole, without, a.seed)
+        writer.scenes(rows)

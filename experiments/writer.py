@@ -38,19 +38,20 @@ class Writer:
     """Writes OUT/{split}/images, masks and metadata.jsonl; the folder appears only when complete."""
 
     def __init__(self, out: Path, side: int, classes: list):
-        if out.exists():
-            raise UserError(f'{out} is there already: name a new folder')
         if len(classes) > 255:
             raise UserError(f'{len(classes)} classes: an indexed mask holds 255; name fewer with '
                             '--classes')
+        if len(set(classes)) < len(classes):
+            raise UserError(f'a class is named twice: {classes!r:.300}')
         self.out = out
         self.part = out.with_name(out.name + '.part')          # until it is complete
+        if self.part.exists():
+            raise UserError(f'{self.part} is there: left by a run that was killed? Delete it')
         self.side = side
         self.count = Counter()                                 # pictures by split
         self.empty = 0                                         # pictures without objects
         self.others = 0                                        # left out: none of the classes wanted
         self.boxes = 0                                         # how many stand for masks
-        shutil.rmtree(self.part, ignore_errors=True)
         self.files = {}
         for split in SPLITS:
             folder = self.part / split
@@ -129,7 +130,13 @@ def question(kind: str, text: str, answer: str) -> dict:
 
 def yes_no(thing: str, there: bool) -> dict:
     answer = 'yes' if there else 'no'
-    return question('exist', f'Is there a {thing} in the picture?', answer)
+    return question('exist', f'Is there {with_article(thing)} in the picture?', answer)
+
+
+def with_article(name: str) -> str:
+    """'an oak tree'."""
+    article = 'an' if name[0] in 'aeiou' else 'a'
+    return f'{article} {name}'
 
 
 # ---- captions and questions from boxes ----
@@ -140,7 +147,7 @@ def listed(found: list, crowds=()) -> str:
     words = []
     for name, n in list(count.items())[:5]:
         if n == 1:
-            words.append(f'a {name}')
+            words.append(with_article(name))
         else:
             number = data.NUMBERS[n] if n < 5 else 'many'
             words.append(f'{number} {plural(name)}')
@@ -148,12 +155,12 @@ def listed(found: list, crowds=()) -> str:
     return data.and_between(words) if words else 'nothing'
 
 
-def asked(found: list, kept: list, width: int, rng, crowd: bool) -> list:
+def questions_about(found: list, names: list, width: int, rng, crowd: bool) -> list:
     """Existence (one yes, one no), counting up to four, where things are, relation and size of pairs.
     In a crowd nothing is counted, and what was not found may be there."""
     count = Counter(name for name, _ in found)
     there = sorted(count)
-    absent = sorted(set(kept) - set(count))
+    absent = sorted(set(names) - set(count))
     qa = []
     if found:
         qa.append(yes_no(rng.choice(there), True))

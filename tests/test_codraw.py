@@ -68,6 +68,8 @@ def test_the_folder_can_be_trained_on(downloads, tmp_path, capsys):
     row = json.loads((out / 'train' / 'metadata.jsonl').read_text().splitlines()[0])
     assert row['caption'] == 'a sun, a tent and a boy'     # of the oak tree hardly anything is seen
     assert Image.open(out / 'train' / row['mask']).size == (64, 51)
+    questions = [q['question'] for q in row['qa']]
+    assert 'oak tree' not in ' '.join(questions)           # nor is it denied
     kinds = {q['type'] for q in row['qa']}
     assert {'exist', 'count', 'position'} <= kinds
     world = Folder(out, 16)

@@ -229,7 +229,7 @@ def test_real_pictures(run_there, device, original, monkeypatch):
 def test_experiments(run_there, device):
     tok, umm, text, _, _ = model.load(run_there / 'model.safetensors', device)
     world = data.World(16, 0, device, text)
-    assert len(probes.probe(umm, tok, world, 30)['shape']) == 2
+    assert len(probes.probe(umm, world, 30)['shape']) == 2
     assert 0 <= drawing.measure(umm, tok, world, 8)['sides']['value'] <= 1
     shares = probes.attention_shares(umm, tok, world, 8)
     whole = shares['picture'][0] + shares['text'][0]

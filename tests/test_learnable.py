@@ -47,6 +47,22 @@ def test_what_is_seen_is_kept_and_what_is_not_is_left_out(tmp_path, capsys):
     assert verdict == {'color': 'yes', 'weather': 'no'}
 
 
+def test_most_rows_may_be_without_questions(tmp_path, capsys):
+    asked = []
+
+    def qa_of(red, coin):
+        asked.append(red)
+        if len(asked) % 40:
+            return []
+        return [{'question': 'is it red?', 'answer': 'yes', 'type': 'color'}]
+
+    folder_of(tmp_path, qa_of)
+    learnable.main([str(tmp_path), '--size', '16', '--steps', '3', '--n', '32'])
+    assert 'color' in capsys.readouterr().out
+    with pytest.raises(UserError, match='--steps is 0'):
+        learnable.main([str(tmp_path), '--steps', '0'])
+
+
 def test_a_folder_without_questions(tmp_path):
     folder_of(tmp_path, lambda red, coin: [])
     with pytest.raises(UserError, match='no questions'):

@@ -231,11 +231,25 @@ def test_bad_downloads_are_named_and_nothing_is_written(tmp_path, pets):
     refused(['pets', tmp_path, out], 'images')
     refused(['coco', pets, out], 'instances')
     refused(['pets', pets, pets], 'there already')
+    refused(['pets', pets, '.'], 'there already')
     refused(['pets', pets, out, '--side', 3], '--side is 3')
     Image.new('RGB', (9, 9)).save(pets / 'x.png')
     (pets / 'instances.json').write_text('{"images": [')
     refused(['coco', pets, out], 'not whole JSON')
     assert not out.exists()
+
+
+def test_what_lies_beside_the_folder_stays(coco, tmp_path):
+    left = tmp_path / 'x.part'
+    left.mkdir()
+    (left / 'mine.txt').write_text('mine')
+    refused(['coco', coco, tmp_path / 'x'], 'x.part is there')
+    assert (left / 'mine.txt').read_text() == 'mine'
+
+
+def test_a_class_is_named_once(coco, tmp_path):
+    refused(['coco', coco, tmp_path / 'x', '--classes', 'cup,cup'], 'named twice')
+    assert not list(tmp_path.glob('x*'))
 
 
 def split_files(coco, first: dict, second: dict):
@@ -539,7 +553,7 @@ def test_check_tells_what_a_folder_holds(coco, tmp_path, capsys, monkeypatch):
     assert re.search(r'count +\d+ +1.000 +1 100%', said)
     assert re.search(r"caption: 1 different, the longest of \d+ tokens: 'a dog near a cup'", said)
     assert Image.open(tmp_path / 'check.png').width == 8 * 132 + 4
-    real = learnable.tell
-    monkeypatch.setattr(learnable, 'tell', lambda world: real(world, steps=2))
+    real = learnable.print_table
+    monkeypatch.setattr(learnable, 'print_table', lambda world: real(world, steps=2))
     prepare.main(['check', str(out), '--out', str(tmp_path / 'check.png'), '--learnable'])
     assert '| question | CNN | blind | kept |' in capsys.readouterr().out

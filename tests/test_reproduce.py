@@ -50,7 +50,7 @@ def test_ridge_is_least_squares_with_a_penalty():
 def test_features_are_the_pictures_states_and_labels_the_objects_under_them(trained):
     umm, tok, world = trained
     G, p = umm.c.grid, umm.c.patch
-    X, y = probes.features(umm, tok, world, 'val', 12)
+    X, y = probes.features(umm, world, 'val', 12)
     assert X.shape == (umm.c.n_layer + 1, 12 * G * G, umm.c.n_embd)
     scenes, r, _ = world.scenes('val', 'probe', 0, 12)
     x = umm.embed_image(r.image)
@@ -79,7 +79,7 @@ def test_features_are_the_pictures_states_and_labels_the_objects_under_them(trai
 
 def test_probe_reports_every_layer_and_what_it_can_memorise(trained):
     umm, tok, world = trained
-    scores = probes.probe(umm, tok, world, 60)
+    scores = probes.probe(umm, world, 60)
     assert all(len(layers) == umm.c.n_layer + 1 for layers in scores.values())
     assert {'shape', 'colour', 'depth', 'object', 'control', 'circle/ring'} <= scores.keys()
     assert min(scores['control']) > 0.2
@@ -138,7 +138,8 @@ def test_statistics_against_known_values():
     assert e['low'] == pytest.approx(2 - 4.303 / sqrt(3), abs=1e-3)
     assert e['high'] == pytest.approx(2 + 4.303 / sqrt(3), abs=1e-3)
     assert e['p'] == pytest.approx(0.0742, abs=1e-3)
-    assert report.holm([0.01, 0.04, 0.03, None]) == [True, False, False, False]
+    assert report.holm([0.01, 0.04, 0.03, None], 4) == [True, False, False, False]
+    assert report.holm([0.01, 0.04, 0.03], 6) == [False, False, False]     # three were not run
 
 
 VERDICTS = [  # low, high, is it claimed that nothing moves?, verdict
@@ -294,7 +295,7 @@ def test_every_kind_of_arm_runs(arms, tmp_path, monkeypatch):
     (tmp_path / 'seed0' / 'base').symlink_to(out / 'seed0' / 'base')
     monkeypatch.setattr(reproduce, 'measure', lambda run, n: {})
     monkeypatch.setattr(train, 'show', lambda *how: None)      # this is about training
-    monkeypatch.setitem(reproduce.BASES, 'bare', {'pre_steps': 6})
+    monkeypatch.setitem(reproduce.BASES, 'bare', 1)
     for name in ('known', 'bare', *NEW_ARMS):
         reproduce.work(plan(tmp_path), 0, name)
     steps, losses = {}, {}
@@ -401,7 +402,7 @@ def test_bases_come_first_and_what_fails_stops_nothing_else(tmp_path, monkeypatc
             raise RuntimeError('no')
         folder = a.out / f'seed{seed}' / name
         folder.mkdir(parents=True)
-        (folder / 'result.json').write_text(json.dumps({'plan': reproduce.plan_of(a)}))
+        (folder / 'result.json').write_text(json.dumps({'plan': reproduce.conditions_of(a)}))
         done.append((seed, name))
 
     monkeypatch.setattr(reproduce, 'work', work)
@@ -444,7 +445,7 @@ def test_cosine_of_gradients(arms, monkeypatch, capsys):
 
     want = F.cosine_similarity(gradient(4, 0), gradient(0, 4), 0).item()
     assert got['edge'][-1] == pytest.approx(want, abs=1e-5)
-    cosine.main(out)
+    cosine.compare(out)
     assert '| edge |' in capsys.readouterr().out
 
 
@@ -561,6 +562,57 @@ def test_unknown_arms_and_empty_folders_are_named(tmp_path):
         (folder / 'result.json').write_text(json.dumps(result))
     with pytest.raises(UserError, match='mixes seg'):
         report.report(tmp_path)
+
+
+def test_types_of_questions_may_have_any_names():
+    """A folder may have a type `shape` and no `what`; test may lack a type."""
+    found = {
+        'sft': {0: result_of(.5), 1: result_of(.6)},
+        'seg': {0: result_of(.7), 1: result_of(.7)},
+    }
+    for result in report.all_results(found):
+        result['scores']['understanding'] |= {'shape': {'value': .5}, 'rare': {'value': None}}
+        result['seconds'] = 1
+    assert '# Understanding' in report.tables(found)
+    assert 'labelled' not in report.tables(found)
+    assert figures.moved_most(found, ['sft', 'seg'], 'sft', ['shape', 'rare']) == ['shape', 'rare']
+
+
+def test_another_file_of_scores_is_named(run_dir, tmp_path):
+    for content in ((run_dir / 'scores.json').read_text(), '{"a"', '[1]', '[{"arm": "seg"}]'):
+        path = tmp_path / 'scores.json'
+        path.write_text(content)
+        with pytest.raises(UserError, match='no scores.json of experiments.reproduce'):
+            reproduce.main(['--report', str(path)])
+
+
+def test_arms_that_a_folder_cannot_teach_are_left_out(monkeypatch, capsys):
+    world = types.SimpleNamespace(maps=['seg', 'edge', 'recon'], annotated=('classes',))
+    monkeypatch.setattr(reproduce, 'open_world', lambda *how: world)
+    arms = ['sft', 'seg', 'seg-readout', 'blank-order', 'depth', 'all-three', 'regions-readout',
+            'cutout-order', 'none-bare-slow']
+    kept = reproduce.teachable(plan('out'), arms)
+    assert kept == ['sft', 'seg', 'seg-readout', 'blank-order']
+    assert 'cannot teach depth, all-three, regions-readout' in capsys.readouterr().out
+
+
+def test_arms_on_a_known_base_see_other_pictures(monkeypatch, tmp_path):
+    """Batches are numbered on from the base's last, in every preset."""
+    seen = {}
+
+    def begin(folder, flags, base):
+        seen[folder.name] = train.parse(flags)
+        raise InterruptedError                             # nothing is trained here
+
+    monkeypatch.setattr(reproduce, 'begin', begin)
+    for preset in ('cpu', 'test'):
+        a = plan(tmp_path, preset=preset)
+        for name, run in (('base', lambda: reproduce.run_base(a, 0, 'known', tmp_path / 'base')),
+                          ('arm', lambda: reproduce.run_arm(a, 0, reproduce.ARMS['known-seg'],
+                                                            tmp_path / 'arm'))):
+            with pytest.raises(InterruptedError):
+                run()
+        assert seen['arm'].pre_steps == seen['base'].pre_steps + seen['base'].post_steps
 
 
 def test_curves_of_real_pictures_are_of_what_moved_most():

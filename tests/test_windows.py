@@ -67,7 +67,7 @@ def test_rows_are_read_as_training_reads_them(tmp_path):
 def test_a_row_without_a_mask_is_one_line(tmp_path, line):
     root = folder_of(tmp_path / 'in')
     (root / 'train' / 'metadata.jsonl').write_text(line)
-    with pytest.raises(UserError, match='metadata.jsonl:1 has no mask'):
+    with pytest.raises(UserError, match='metadata.jsonl:1 is no row with a picture and a mask'):
         list(windows.rows_in(root))
 
 
@@ -156,12 +156,34 @@ def test_what_cannot_be_cut_is_named(tmp_path):
     refused(['--side', '48'], '--whole')
     refused(['--ground', 'sky'], "'sky'; there are: ground, cat")
     refused(['--each', '0'], '--each is 0')
+    refused(['--without', 'exsit'], "'exsit'; there are: exist")
+    picture = tmp_path / 'in' / 'train' / '0m.png'
+    mask = Image.open(picture)
+    mask.resize((120, 80)).save(picture)                   # twice as large as its picture
+    refused([], r'mask of .*0.png is \(120, 80\), the upright picture \(60, 40\)')
+    mask.convert('RGB').save(picture)
+    refused([], 'mode RGB; it must be P or L')
+    mask.save(picture)
     path = tmp_path / 'in' / 'validation' / 'metadata.jsonl'
     path.write_text('{"file_name": "0.png"}')
-    refused([], 'metadata.jsonl:1 has no mask')
+    refused([], 'metadata.jsonl:1 is no row with a picture and a mask')
     path.write_text('{"file_name"')
     refused([], 'metadata.jsonl:1')
     path.unlink()
     refused([], 'no metadata.jsonl for validation')
     (tmp_path / 'in' / 'classes.json').unlink()
     refused([], 'no classes.json')
+
+
+def test_masks_are_turned_as_their_pictures(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3                                       # upside down
+    Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(tmp_path / 'm.png', exif=exif)
+    assert windows.read_mask(tmp_path / 'm.png').tolist() == [[5, 4, 3], [2, 1, 0]]
+
+
+def test_kinds_are_those_that_are_asked(tmp_path):
+    _, rows = prepared(tmp_path)
+    asked = {q['type'] for row in rows for q in row['qa']}
+    assert len(asked) > 4
+    assert asked <= set(windows.KINDS)
