@@ -1,7 +1,7 @@
 """What uses the model to measure something: never imported by it.
 
-`python -m experiments.NAME -h` explains bench, channels, cosine, labels, learnable, losses, page, prepare,
-reader, reproduce and tour. All else is a part of these.
+`python -m experiments.NAME -h` explains bench, channels, cosine, labels, learnable, losses, page,
+prepare, reader, reproduce and tour. All else is a part of these.
 
 To test a claim
     reproduce      arms, seeds, bases; runs them and measures each
