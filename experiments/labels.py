@@ -102,17 +102,25 @@ def draw_costs(ax, found):
 
 
 def draw_gains(ax, found):
-    """Points above questions alone at equal FLOPs, by group."""
-    arms = [arm for arm in STYLES if arm in found and arm != 'sft-flops']
-    looks = {arm: STYLES[arm][:3] for arm in arms}             # without the dashes
+    """Points above questions alone at equal FLOPs, by group: of the short runs, or where there are none
+    of the long ones."""
+    names = {arm: arm for arm in STYLES}
+    if 'sft-flops' not in found:
+        names = LONG
+    other, generated = names['sft-flops'], names['seg-order']
+    looks = {}
+    for arm, name in names.items():
+        if name in found and name != other:
+            looks[name] = STYLES[arm][:3]                      # without the dashes
     groups = report.GROUPS
     paths = [('understanding', kinds) for kinds in groups.values()]
-    figures.side_by_side(ax, found, paths, 'sft-flops', looks)
+    figures.side_by_side(ax, found, paths, other, looks)
     names = ['\n'.join([f'{group}:', *kinds]) for group, kinds in groups.items()]
     ax.set_xticks(range(len(groups)), names, fontsize=7)
     ax.set_ylabel('points above questions alone')
-    title = f'400 steps, equal FLOPs, test split, {figures.seeds_of(found, arms)}'
-    ax.set_title(title, loc='left', fontsize=9)
+    steps = next(iter(found[generated].values()))['steps']
+    seeds = figures.seeds_of(found, looks)
+    ax.set_title(f'{steps:,} steps, equal FLOPs, test split, {seeds}', loc='left', fontsize=9)
 
 
 def figure(found, path: Path):
@@ -121,7 +129,7 @@ def figure(found, path: Path):
     plt.rcParams.update(figures.LOOK)
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     draw_costs(left, found)
-    left.set_title('Labels or generation?', loc='left')
+    left.set_title('Labels or generation? (bars: 95% t intervals over seeds)', loc='left', fontsize=9)
     draw_gains(right, found)
     fig.tight_layout()
     fig.savefig(path)
@@ -142,8 +150,11 @@ def main():
     if a.scores is None or not a.scores.is_file():
         raise UserError(f'no file of scores: {a.scores}; name one, as experiments.reproduce writes it')
     found = report.collect(a.scores)
-    if not {'sft-flops', 'seg-order', 'readout-flops'} <= found.keys():
-        raise UserError(f"{a.scores} lacks arms of the plan `channel`; it has: {', '.join(found)}")
+    short, long = {'sft-flops', 'seg-order'}, {'sft-x3-flops', 'order-x3'}
+    if not (short <= found.keys() or long <= found.keys()):
+        raise UserError(f"{a.scores} lacks {' and '.join(sorted(short))}; it has: {', '.join(found)}")
+    if not report.has_groups(found):
+        raise UserError(f'{a.scores} is not of the procedural world, whose questions the figure groups')
     figure(found, a.out)
     print(f'wrote {a.out}')
 

@@ -426,6 +426,12 @@ def mean_text(results, path) -> str:
     return f'{round(np.mean(known), 9):.3f}' if known else '-'       # twice, as above
 
 
+def has_groups(found) -> bool:
+    """Were all types of question of GROUPS asked? Those of the procedural world."""
+    grouped = {kind for kinds in GROUPS.values() for kind in kinds}
+    return grouped <= set(names_of(found, 'understanding'))
+
+
 def above(found, arm: str, path: tuple) -> str:
     """An arm's effect over its baseline; with the number of pairs, where the arm has more seeds."""
     e = difference(found, arm, baseline(arm), path)
@@ -469,8 +475,7 @@ def tables(found) -> str:
     tested = [c for c in claims if c['p'] is not None and not c['no_change']]
     head = f'# Claims\n\n{len(tested)} differences tested, paired by seed, in points.\n{RULE}\n'
     parts = [head, table_of_claims(claims)]
-    all_kinds = {kind for kinds in GROUPS.values() for kind in kinds}
-    if all_kinds <= set(names_of(found, 'understanding')):     # the procedural world's
+    if has_groups(found):
         parts.append('\n# Understanding by group of questions: points above the baseline, test split\n')
         parts.append(table_of_groups(found))
     for title in ('Understanding', 'Generation', 'Drawing', 'Segmentation', 'Probe', 'Attention'):
