@@ -1,6 +1,7 @@
 """Labels or generation: what channels read and write, what contents show, drawing without sampling."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import data
 import model
 import train
 from data import World
-from experiments import channels, drawing, labels, reproduce
+from experiments import channels, drawing, labels, report, reproduce
 
 
 @pytest.fixture(scope='module')
@@ -237,3 +238,17 @@ def test_the_bound_of_one_who_knows_all_but_shapes():
     assert guess.startswith('red ')
     other = labels.without_shapes(scene, rng).objects[0]
     assert other._replace(shape='ring') == ring
+
+
+@pytest.mark.parametrize('arms', ['flops, seg-order, seg-blind', 'x3'])
+def test_the_figure_is_of_short_or_of_long_runs(tmp_path, arms):
+    pytest.importorskip('matplotlib')
+    scores = Path(reproduce.ROOT) / 'experiments' / 'results' / 'scores-channel.json'
+    found = report.collect(scores)
+    endings = tuple(arms.split(', '))
+    kept = {arm: by_seed for arm, by_seed in found.items() if arm.endswith(endings)}
+    if arms == 'x3':
+        kept['sft-x3-flops'] = found['sft-x3-flops']
+    assert len(kept) > 3
+    labels.figure(kept, tmp_path / 'labels.png')
+    assert (tmp_path / 'labels.png').stat().st_size > 10_000
