@@ -75,13 +75,13 @@ def choices(umm, tok, world, n=1000, split='test') -> dict:
         plan_nats, code_nats = nats_of(umm, world, texts, plans, codes)               # [B], [B]
         for what in ('sides', 'colours'):
             others = [swapped(scene, what) for scene in true]
-            other_plans = plans_of(world, others)
             other_codes = drawn_alike(tok, world, others, split, index)
-            _, other_nats = nats_of(umm, world, texts, plans, other_codes)
-            right[what] += int((code_nats < other_nats).sum())
+            _, other_code_nats = nats_of(umm, world, texts, plans, other_codes)
+            right[what] += int((code_nats < other_code_nats).sum())
             if plans[0]:
-                other_nats, _ = nats_of(umm, world, texts, other_plans, codes)
-                right[f'plan {what}'] += int((plan_nats < other_nats).sum())
+                other_plans = plans_of(world, others)
+                other_plan_nats, _ = nats_of(umm, world, texts, other_plans, codes)
+                right[f'plan {what}'] += int((plan_nats < other_plan_nats).sum())
         total += len(texts)
         index += 1
     return {what: evaluation.share(count, total) for what, count in right.items()}

@@ -245,9 +245,9 @@ def figures(out: Path, found):
 
 
 # ---- pictures ----
-def world_of(settings: dict, text=None):
+def world_of(settings: dict):
     """The world that a run was trained on, with the scenes that are the same for all."""
-    return open_world(settings.get('data'), settings['size'], 0, 'cpu', text, settings.get('skip_bad'))
+    return open_world(settings.get('data'), settings['size'], 0, 'cpu', None, settings.get('skip_bad'))
 
 
 def targets(out: Path, world, n=6):

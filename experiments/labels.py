@@ -101,17 +101,25 @@ def draw_costs(ax, found):
     ax.legend(fontsize=7, loc='upper left')
 
 
+def arms_of(found) -> dict:
+    """{arm of STYLES: the one whose gains are drawn}: the short runs, or where there are none the long
+    ones. UserError where there are neither."""
+    short = {arm: arm for arm in STYLES}
+    for arms in (short, LONG):
+        if {arms['sft-flops'], arms['seg-order']} <= found.keys():
+            return arms
+    raise UserError('the figure needs the arms sft-flops and seg-order, or sft-x3-flops and order-x3; '
+                    f"there are: {', '.join(found)}")
+
+
 def draw_gains(ax, found):
-    """Points above questions alone at equal FLOPs, by group: of the short runs, or where there are none
-    of the long ones."""
-    names = {arm: arm for arm in STYLES}
-    if 'sft-flops' not in found:
-        names = LONG
-    other, generated = names['sft-flops'], names['seg-order']
+    """Points above questions alone at equal FLOPs, by group."""
+    arms = arms_of(found)
+    other, generated = arms['sft-flops'], arms['seg-order']
     looks = {}
-    for arm, name in names.items():
-        if name in found and name != other:
-            looks[name] = STYLES[arm][:3]                      # without the dashes
+    for channel, arm in arms.items():
+        if arm in found and arm != other:
+            looks[arm] = STYLES[channel][:3]                   # without the dashes
     groups = report.GROUPS
     paths = [('understanding', kinds) for kinds in groups.values()]
     figures.side_by_side(ax, found, paths, other, looks)
@@ -150,9 +158,6 @@ def main():
     if a.scores is None or not a.scores.is_file():
         raise UserError(f'no file of scores: {a.scores}; name one, as experiments.reproduce writes it')
     found = report.collect(a.scores)
-    short, long = {'sft-flops', 'seg-order'}, {'sft-x3-flops', 'order-x3'}
-    if not (short <= found.keys() or long <= found.keys()):
-        raise UserError(f"{a.scores} lacks {' and '.join(sorted(short))}; it has: {', '.join(found)}")
     if not report.has_groups(found):
         raise UserError(f'{a.scores} is not of the procedural world, whose questions the figure groups')
     figure(found, a.out)

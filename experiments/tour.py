@@ -128,8 +128,7 @@ def main(argv=None):
     p.add_argument('--run', default='out/cpu', help='folder of a finished run (default %(default)s)')
     p.add_argument('--out', type=Path, default=CELLS.with_name('tour.ipynb'), help='default %(default)s')
     a = p.parse_args(argv)
-    missing = [name for name in NEEDED if not (Path(a.run) / name).exists()]
-    if missing:
+    if not all((Path(a.run) / name).exists() for name in NEEDED):
         raise UserError(f'{a.run} is no finished run: make one with `python train.py`')
     import nbformat
     text = nbformat.writes(build(os.path.relpath(a.run, ROOT)))

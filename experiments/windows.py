@@ -23,6 +23,7 @@ from folder import FOLDERS, TEXTS, class_names, upright
 
 IGNORED = 255
 SEEN = .04                     # share of a window that a class covers at least, to be asked about
+KINDS = ('exist', 'what', 'at', 'where', 'half', 'size', 'larger', 'nearer', 'side')   # of questions
 
 
 class Window(NamedTuple):
@@ -261,9 +262,6 @@ def questions(windows: list[Window], regions: list, kept: Kept, without: list, r
 
 
 # ---- all windows ----
-KINDS = ('exist', 'what', 'at', 'where', 'half', 'size', 'larger', 'nearer', 'side')
-
-
 def asked_windows(folder: Path, kept: Kept, side: int, each: int, whole: bool, without: list, seed: int):
     """Yields (split, picture, mask, [(name, box)], caption, [(type, question, answer)])."""
     rng = random.Random(seed)

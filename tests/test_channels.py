@@ -240,15 +240,20 @@ def test_the_bound_of_one_who_knows_all_but_shapes():
     assert other._replace(shape='ring') == ring
 
 
-@pytest.mark.parametrize('arms', ['flops, seg-order, seg-blind', 'x3'])
+@pytest.mark.parametrize('arms', [
+    ('sft-flops', 'readout-flops', 'seg-order', 'seg-blind'),
+    ('sft-x3-flops', 'readout-x3', 'order-x3', 'masked-x3'),
+])
 def test_the_figure_is_of_short_or_of_long_runs(tmp_path, arms):
     pytest.importorskip('matplotlib')
     scores = Path(reproduce.ROOT) / 'experiments' / 'results' / 'scores-channel.json'
     found = report.collect(scores)
-    endings = tuple(arms.split(', '))
-    kept = {arm: by_seed for arm, by_seed in found.items() if arm.endswith(endings)}
-    if arms == 'x3':
-        kept['sft-x3-flops'] = found['sft-x3-flops']
+    kept = {arm: found[arm] for arm in arms}
     assert len(kept) > 3
+    assert set(arms) <= set(labels.arms_of(kept).values())
     labels.figure(kept, tmp_path / 'labels.png')
     assert (tmp_path / 'labels.png').stat().st_size > 10_000
+    del kept[arms[0]]                                      # nothing to compare with
+    with pytest.raises(data.UserError, match='needs the arms'):
+        labels.figure(kept, tmp_path / 'none.png')
+    assert not (tmp_path / 'none.png').exists()
